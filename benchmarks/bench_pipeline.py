@@ -1,0 +1,368 @@
+"""A whole generation, prompt (and photo) in, picture out: one GPU against two, in one process and one run.
+
+    python benchmarks/bench_pipeline.py --model qwen-image-edit --size 1024 --steps 20 --repeat 3
+
+The reference is the stock diffusers pipeline on one GPU. Then `enable_cfg_parallel` is called on the same pipeline object,
+and the same seed must give the same picture, element for element. A pipeline that batches its two branches (SD, SDXL, SD 3)
+is timed as it is, and compared with itself running the two halves of the batch one after the other, because cuBLAS picks
+other kernels for another batch size.
+
+    python benchmarks/bench_pipeline.py --scale tiny --devices cpu,cpu --steps 4      # dry run, writes no file
+
+Exit status: 0, 1 if a picture was wrong or differed, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import models  # noqa: E402
+from benchmarks.results_file import markdown_table, merge_rows  # noqa: E402
+
+# What each two-GPU mode passes to enable_cfg_parallel.
+TWO_GPU_MODES: dict[str, dict[str, Any]] = {"two-gpu-eager": {}}
+ONE_GPU = "one-gpu-eager"
+WARMUP_STEPS = 4
+SKIPPED_STEPS = 2  # the first two steps of a generation still fill caches and the launch queue
+
+START = time.perf_counter()
+
+
+class BenchmarkError(RuntimeError):
+    """A picture that proves nothing: not finite, or of one colour."""
+
+
+def say(line: str) -> None:
+    print(f"[{time.perf_counter() - START:7.1f} s] {line}", flush=True)
+
+
+class StepClock:
+    """A `callback_on_step_end` that marks the end of each step without waiting for it.
+
+    On a GPU it records an event. With predictions still pending when the callback runs, the event of a step may come
+    before that step's last kernels, but by the same amount at every step, so the interval between two events is a step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+
+    def __call__(self, pipe: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+        return {}
+
+    def step_ms(self) -> list[float]:
+        """Milliseconds of every step after the first `SKIPPED_STEPS`. To be called after a synchronize."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))[SKIPPED_STEPS - 1 :]
+        if self.device.type == "cuda":
+            return [before.elapsed_time(after) for before, after in pairs]
+        return [(after - before) * 1e3 for before, after in pairs]
+
+
+@dataclass
+class Measured:
+    """All repeats of one mode."""
+
+    step_ms: list[float] = field(default_factory=list)
+    total_s: list[float] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    peak_gib: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    """One pipeline, its inputs and the device it lives on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.leader = torch.device(args.devices[0])
+        self.dtype = getattr(torch, args.dtype)
+        self.image = Image.open(args.image).convert("RGB") if args.image else None
+        say(f"building {args.model} ({args.scale}, {args.dtype}) on {self.leader}")
+        self.pipe = models.build_pipeline(
+            args.model, device=self.leader, dtype=self.dtype, seed=args.seed, scale=args.scale, log=say
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def inputs(self, steps: int) -> dict[str, Any]:
+        args = self.args
+        return models.inputs(
+            args.model,
+            size=args.size,
+            steps=steps,
+            seed=args.seed,
+            device=self.leader,
+            dtype=self.dtype,
+            scale=args.scale,
+            image=self.image,
+        )
+
+    def generate(self, steps: int, clock: StepClock | None = None, **changes: Any) -> np.ndarray:
+        """One generation with the run's seed. Returns the picture (or the frames) as floats in [0, 1]."""
+        hooks = {} if clock is None else dict(callback_on_step_end=clock, callback_on_step_end_tensor_inputs=[])
+        output = self.pipe(**(self.inputs(steps) | changes), **hooks)
+        picture = np.asarray(output.frames if hasattr(output, "frames") else output.images)
+        if not np.isfinite(picture).all():
+            raise BenchmarkError(f"{self.args.model} made a picture with nan or inf in it.")
+        if picture.std() < 1e-3:
+            raise BenchmarkError(f"{self.args.model} made a picture of one colour (std {picture.std():.2g}).")
+        return picture
+
+    def measure(self, mode: str, into: Measured) -> None:
+        """One timed generation, added to `into`."""
+        clock = StepClock(self.leader)
+        self.synchronize()
+        if self.leader.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.leader)
+        start = time.perf_counter()
+        picture = self.generate(self.args.steps, clock)
+        self.synchronize()
+        total = time.perf_counter() - start
+        step_ms = clock.step_ms()
+        into.step_ms += step_ms
+        into.total_s.append(total)
+        into.pictures.append(picture)
+        if self.leader.type == "cuda":
+            into.peak_gib = max(into.peak_gib or 0.0, torch.cuda.max_memory_allocated(self.leader) / 2**30)
+        say(f"{mode}: {statistics.median(step_ms):.2f} ms a step, {total:.2f} s in all, picture std {picture.std():.3f}")
+
+    def synchronize(self) -> None:
+        if self.leader.type == "cuda":
+            torch.cuda.synchronize(self.leader)
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        return getattr(self.pipe, models.spec(self.args.model).denoiser_attribute)
+
+
+@contextmanager
+def half_batches(denoiser: torch.nn.Module) -> Iterator[dict[str, int]]:
+    """Run a batch of two branches as two batches of one. Yields a dict whose "split" counts the calls that were split.
+
+    Good for the UNet and SD 3 calls of this benchmark, where whatever has the batch's length on dimension 0 is batched.
+    """
+    original = denoiser.forward
+    count = {"split": 0}
+
+    def take(value: Any, batch: int, half: int) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch:
+            return value.chunk(2)[half]
+        if isinstance(value, dict):
+            return {key: take(item, batch, half) for key, item in value.items()}
+        return value
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        batch = sample.shape[0]
+        if batch % 2 or kwargs.get("return_dict", True):
+            return original(*args, **kwargs)
+        count["split"] += 1
+        halves = [
+            original(*(take(arg, batch, half) for arg in args), **{k: take(v, batch, half) for k, v in kwargs.items()})
+            for half in (0, 1)
+        ]
+        return tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
+
+    denoiser.forward = forward  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        del denoiser.forward
+
+
+def exact_reference(bench: Bench) -> tuple[np.ndarray, str]:
+    """What two GPUs must reproduce, made on one GPU, and its name: the halves of a batched call run one after the other;
+    without batched calls this is plain diffusers."""
+    with half_batches(bench.denoiser) as count:
+        picture = bench.generate(bench.args.steps)
+    say(f"exact reference made; {count['split']} batched calls were run in halves")
+    return picture, f"{ONE_GPU}, half-batches in turn" if count["split"] else ONE_GPU
+
+
+def guidance_changes(bench: Bench) -> float:
+    """Fraction of the picture that guidance changes in a few steps. If it is small, equal pictures prove little."""
+    guidance = models.spec(bench.args.model).guidance
+    off = "true_cfg_scale" if "true_cfg_scale" in guidance else "guidance_scale"
+    with_guidance = bench.generate(WARMUP_STEPS)
+    without = bench.generate(WARMUP_STEPS, **{off: 1.0})
+    fraction = float((with_guidance != without).mean())
+    if fraction < 0.01:
+        raise BenchmarkError(f"Guidance changes only {fraction:.2%} of the picture; equality would prove nothing.")
+    return fraction
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    import cfg_parallel
+
+    bench = Bench(args)
+    effect = guidance_changes(bench)  # also the warm-up of the one-GPU runs
+    say(f"warm; guidance changes {effect:.0%} of the picture")
+    reference, reference_name = exact_reference(bench)
+    one, two = Measured(), Measured()
+    for _ in range(args.repeat):
+        bench.measure(ONE_GPU, one)
+        start = time.perf_counter()
+        with cfg_parallel.enable_cfg_parallel(
+            bench.pipe,
+            cfg_parallel_size=2,
+            devices=args.devices,
+            transport=args.transport,
+            **TWO_GPU_MODES[args.mode],
+        ) as handle:
+            two.extra["enable_s"] = round(time.perf_counter() - start, 2)
+            say(f"enabled in {two.extra['enable_s']} s")
+            bench.generate(WARMUP_STEPS)
+            bench.measure(args.mode, two)
+            two.extra["follower_device_gib"] = memory_used_gib(torch.device(args.devices[1]))
+            two.extra["report"] = handle.report.to_dict()
+            say(str(handle.report))
+    if args.pictures:
+        save_pictures(args.pictures, args.model, {ONE_GPU: one.pictures[0], args.mode: two.pictures[0]})
+    if reference_name == ONE_GPU and not np.array_equal(reference, one.pictures[0]):
+        raise BenchmarkError("Two generations on one GPU with the same seed differ; equality cannot be tested.")
+    return [
+        row(args, ONE_GPU, one, one, one.pictures[0], ONE_GPU) | {"guidance_changes": round(effect, 4)},
+        row(args, args.mode, two, one, reference, reference_name) | {"guidance_changes": round(effect, 4)},
+    ]
+
+
+def row(
+    args: argparse.Namespace, mode: str, got: Measured, one: Measured, reference: np.ndarray, reference_name: str
+) -> dict[str, Any]:
+    median = statistics.median(got.step_ms)
+    p10, p90 = np.percentile(got.step_ms, [10, 90])
+    report = got.extra.get("report", {})
+    gpu = torch.cuda.get_device_name(args.devices[0]) if args.devices[0].startswith("cuda") else platform.machine()
+    return {
+        "bench": "pipeline",
+        "model": args.model if args.scale == "real" else f"{args.model} ({args.scale})",
+        "size": models.size_label(args.model, size=args.size, scale=args.scale),
+        "steps": args.steps,
+        "mode": mode,
+        "transport": None if mode == ONE_GPU else report.get("transport", args.transport),
+        "ms": round(median, 3),
+        "ms_p10": round(float(p10), 3),
+        "ms_p90": round(float(p90), 3),
+        "total_s": round(statistics.median(got.total_s), 3),
+        "speedup": round(statistics.median(one.step_ms) / median, 4),
+        "speedup_total": round(statistics.median(one.total_s) / statistics.median(got.total_s), 4),
+        "equal": all(np.array_equal(picture, reference) for picture in got.pictures),
+        "equal_to": reference_name,
+        "differing": max(float((picture != reference).mean()) for picture in got.pictures),
+        "picture_std": round(float(got.pictures[0].std()), 4),
+        "repeat": args.repeat,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "leader_peak_gib": None if got.peak_gib is None else round(got.peak_gib, 2),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **got.extra,
+    }
+
+
+def memory_used_gib(device: torch.device) -> float | None:
+    """Memory in use on `device` by all processes, without making a CUDA context there. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return round(float(subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout) / 1024, 2)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        say(f"no figure for the follower's memory: {error}")
+        return None
+
+
+def save_pictures(folder: Path, model: str, pictures: dict[str, np.ndarray]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for mode, picture in pictures.items():
+        while picture.ndim > 3:  # batch, and the frames of a video
+            picture = picture[0]
+        path = folder / f"{model}-{mode}.png"
+        Image.fromarray((picture * 255).round().astype("uint8")).save(path)
+        say(f"wrote {path}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="qwen-image-edit", choices=list(models.SPECS))
+    parser.add_argument("--size", type=int, help="side of the picture, or lines of the video (default: the model's own)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=1, help="one GPU and two GPUs in turn, this many times")
+    parser.add_argument("--mode", default="two-gpu-eager", choices=list(TWO_GPU_MODES))
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--devices", default="cuda:0,cuda:1", help="leader,follower")
+    parser.add_argument("--scale", default="real", choices=["real", "tiny"], help="tiny: the same pipeline for a dry run")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, tiny: float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image", type=Path, help="photo for an edit model (default: Matplotlib's sample portrait)")
+    parser.add_argument("--out", type=Path, help="JSON file to merge the rows into (default: none is written)")
+    parser.add_argument("--pictures", type=Path, help="folder to save the pictures in")
+    args = parser.parse_args(argv)
+    args.devices = args.devices.split(",")
+    args.dtype = args.dtype or ("bfloat16" if args.scale == "real" else "float32")
+    if len(args.devices) != 2:
+        parser.error(f"--devices: expected leader,follower, but got {','.join(args.devices)}")
+    if args.steps <= SKIPPED_STEPS + 1:
+        parser.error(f"--steps: expected at least {SKIPPED_STEPS + 2}: the first {SKIPPED_STEPS} steps are not counted")
+    if args.repeat < 1:
+        parser.error("--repeat: expected at least 1")
+    wanted = [torch.device(name) for name in args.devices]
+    for device in wanted:
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            parser.error(
+                f"--devices: {device} is not there ({torch.cuda.device_count()} GPUs are visible); "
+                "for a dry run without GPUs: --scale tiny --devices cpu,cpu"
+            )
+    if args.image and not args.image.is_file():
+        parser.error(f"--image: {args.image} is not a file")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        rows = run(args)
+    except BenchmarkError as error:
+        print(f"bench_pipeline: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(markdown_table(rows), flush=True)
+    if args.out:
+        merge_rows(args.out, rows)
+        say(f"wrote {args.out}")
+    unequal = [item for item in rows if not item["equal"]]
+    for item in unequal:
+        print(f"bench_pipeline: {item['mode']}: {item['differing']:.2%} of the picture differs", file=sys.stderr)
+    return 1 if unequal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

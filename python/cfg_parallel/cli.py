@@ -1,0 +1,189 @@
+"""The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot.
+
+Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was done,
+with one line on stderr that names the fix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from cfg_parallel.errors import CfgParallelError, ConfigurationError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `cfg-parallel` with these arguments (default: the process's) and return its exit status."""
+    try:
+        args = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = args.command
+        return command(args)
+    except CfgParallelError as error:
+        print(f"cfg-parallel: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
+
+
+def _edit(args: argparse.Namespace) -> int:
+    from cfg_parallel.edit import run_edit
+
+    return run_edit(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cfg-parallel", description="Runs the guidance passes of a diffusers pipeline on several devices."
+    )
+    parser.add_argument("--version", action="version", version=f"cfg-parallel {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    edit = commands.add_parser("edit", help="edit a picture with any diffusers model", description="Edits a picture.")
+    add_edit_arguments(edit)
+    edit.set_defaults(command=_edit)
+    demo = commands.add_parser(
+        "demo",
+        help="run the whole thing on a tiny model that is made here, without a download",
+        description="Builds a tiny Qwen-Image-Edit with random weights and edits a photograph with it, on one and on two devices.",
+    )
+    demo.add_argument("--output", default="cfg-parallel-demo.png", metavar="FILE", help="default: %(default)s")
+    demo.add_argument("--model-dir", metavar="DIR", help="where the model is, or is built (default: a cache folder)")
+    demo.add_argument("--model-only", action="store_true", help="build the model, print its folder and stop")
+    demo.add_argument("--num-inference-steps", type=_positive_int, default=4, metavar="N", help="default: %(default)s")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `cfg-parallel edit`, for this command and for the example that wraps it."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="M", help="a folder with a model_index.json, or a Hugging Face id")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the picture to edit; repeat it for models that take several",
+    )
+    add("--prompt", required=True, metavar="P", help="what to do")
+    add("--negative-prompt", metavar="N", help="what to avoid; models with a true CFG scale need one for guidance")
+    add("--cfg-scale", type=_finite_float, default=4.0, metavar="S", help="guidance scale (default: %(default)s)")
+    add("--output", required=True, metavar="FILE", help="where the picture goes; the suffix says the format")
+    add("--cfg-parallel-size", type=_positive_int, default=2, metavar="N", help="devices to use (default: %(default)s)")
+    add("--num-inference-steps", type=_positive_int, default=50, metavar="N", help="default: %(default)s")
+    add("--seed", type=_seed, default=0, help="default: %(default)s")
+    add("--height", type=_positive_int, metavar="PIXELS", help="default: the model's")
+    add("--width", type=_positive_int, metavar="PIXELS", help="default: the model's")
+    add(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="auto is bfloat16 on GPUs and float32 on CPUs (default: %(default)s)",
+    )
+    add(
+        "--devices",
+        type=_devices,
+        metavar="LIST",
+        help="such as cuda:0,cuda:1 or cpu,cpu; the first leads (default: GPUs, or CPU processes without a GPU)",
+    )
+    add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
+    add("--compare", action="store_true", help="run one device first and compare time and picture")
+
+
+def _positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**64 - 1, but got {text!r}")
+    return value
+
+
+def _finite_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, but got {text!r}")
+    return value
+
+
+def _devices(text: str) -> list[str]:
+    devices = [device.strip() for device in text.split(",")]
+    for device in devices:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise argparse.ArgumentTypeError(f"expected a list such as cuda:0,cuda:1 or cpu,cpu, but got {text!r}")
+    return devices
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("cfg-parallel")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown (not installed)"
+
+
+def _demo(args: argparse.Namespace) -> int:
+    """`cfg-parallel demo`: the main job on a tiny model with random weights and a photograph that is already here."""
+    from cfg_parallel import demo
+    from cfg_parallel.images import check_output
+
+    folder = Path(args.model_dir) if args.model_dir is not None else demo.cache_folder()
+    if args.model_only:
+        print(demo.ensure_demo_model(folder))
+        return 0
+    check_output(args.output)
+    photo = demo.demo_photo()
+    print(
+        "This model is tiny and its weights are random: the picture will look like noise. What the demo shows is that "
+        "the real pipeline runs on two devices and gives the same picture as on one, element for element."
+    )
+    print(f"model: {demo.ensure_demo_model(folder)}")
+    print(f"photograph: {photo}")
+
+    import torch
+
+    from cfg_parallel.edit import run_edit
+
+    devices = "cuda:0,cuda:1" if torch.cuda.device_count() >= 2 else "cpu,cpu"
+    edit = _parser().parse_args(
+        [
+            "edit",
+            f"--model={folder}",
+            f"--image={photo}",
+            f"--prompt={demo.PROMPT}",
+            f"--negative-prompt={demo.NEGATIVE_PROMPT}",
+            "--cfg-scale=4.0",
+            f"--output={args.output}",
+            f"--num-inference-steps={args.num_inference_steps}",
+            f"--devices={devices}",
+            "--compare",
+        ]
+    )
+    return run_edit(edit, quiet_load=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The follower process: holds replicas of denoisers and answers calls. Started as `python -m cfg_parallel.follower`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from cfg_parallel import numerics
+from cfg_parallel.codec import decode, encode_plain
+from cfg_parallel.errors import CfgParallelError
+from cfg_parallel.link import Link
+from cfg_parallel.replica import receive_replica
+from cfg_parallel.transports.nccl import NcclTransport
+
+_ORPHAN_CHECK = 0.5  # seconds; the leader's death ends its followers within 2 s
+
+
+class Follower:
+    """Serves one leader. `own` maps denoiser names to modules that are already here (under torchrun)."""
+
+    def __init__(self, link: Link, own: dict[str, torch.nn.Module] | None = None) -> None:
+        self._link = link
+        self._own = own or {}
+        self._denoisers: dict[str, torch.nn.Module] = {}
+        self._residents: dict[Any, list[torch.Tensor]] = {}
+        self._timings: list[tuple[Any, Any]] = []
+
+    def serve(self) -> Any:
+        """Answer messages until the leader says `close` (gives None) or `output` (gives the leader's output)."""
+        while True:
+            header = self._link.read()
+            kind = header["kind"]
+            if kind == "close":
+                return None
+            if kind == "output":
+                if header["failure"] is not None:
+                    raise CfgParallelError(f"The pipeline failed on rank 0: {header['failure']}")
+                return decode(header["body"], self._link.pull(header))
+            try:
+                getattr(self, f"_on_{kind}")(header)
+            except Exception as error:
+                message = f"{type(error).__name__}: {error}"
+                self._link.send({"kind": "error", "message": message, "traceback": traceback.format_exc()})
+
+    def greet(self) -> None:
+        """Answer the leader's first message: who is here."""
+        hello = self._link.read()
+        sys.path[:] = hello["path"]  # so that classes of the user's own modules can be unpickled
+        device = self._link.device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        self._link.send({"kind": "hello", "torch": torch.__version__, "gpu": gpu})
+
+    def _on_settings(self, header: dict[str, Any]) -> None:
+        numerics.apply(header["numerics"])
+
+    def _on_transport(self, header: dict[str, Any]) -> None:
+        transport = NcclTransport.connect(header["ids"], 1, self._link.device, header["timeout"])
+        self._link.send({"kind": "connected"})
+        self._link.transport = transport
+
+    def _on_denoiser(self, header: dict[str, Any]) -> None:
+        name = header["name"]
+        self._denoisers.pop(name, None)
+        self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
+        module = receive_replica(self._link, header, self._own.get(name), timeout=None)
+        self._denoisers[name] = module
+
+    def _on_forget(self, header: dict[str, Any]) -> None:
+        self._residents.clear()
+
+    def _on_call(self, header: dict[str, Any]) -> None:
+        fresh = iter(self._link.pull(header))
+        slot, resident = header["slot"], header["resident"]
+        kept = self._residents.get(slot, [])
+        tensors = [kept[i] if is_resident else next(fresh) for i, is_resident in enumerate(resident)]
+        self._residents[slot] = tensors
+        versions = [tensor._version for tensor in tensors]
+        (args, kwargs), context = decode(header["body"], tensors)
+        module = self._denoisers[slot[0]]
+        autocast = header["autocast"]
+        start = self._mark()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if autocast is not None:
+                stack.enter_context(torch.autocast(self._link.device.type, dtype=autocast))
+            if context is not None:
+                stack.enter_context(module.cache_context(context[0], **context[1]))  # type: ignore[operator]
+            output = module(*args, **kwargs)
+        self._timings.append((start, self._mark()))
+        if versions != [tensor._version for tensor in tensors]:
+            self._residents.pop(slot)
+            raise RuntimeError("the denoiser overwrote one of its arguments, which a copy on another device cannot show")
+        body, results = encode_plain(output)
+        self._link.send({"kind": "done", "body": body}, results)  # type: ignore[arg-type]
+
+    def _on_statistics(self, header: dict[str, Any]) -> None:
+        """Milliseconds of the forwards since the last time, and the device memory held at most, in bytes."""
+        on_gpu = self._link.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self._link.device)
+        forwards = [a.elapsed_time(b) if on_gpu else (b - a) * 1e3 for a, b in self._timings]
+        self._timings.clear()
+        peak = torch.cuda.max_memory_allocated(self._link.device) if on_gpu else None
+        self._link.send({"kind": "statistics", "forward_ms": forwards, "peak_bytes": peak})
+
+    def _mark(self) -> Any:
+        if self._link.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._link.device))
+        return event
+
+
+def _end_with(parent: int) -> None:
+    """Leave when the leader is gone, whatever the main thread is doing (a long forward, a wait in NCCL)."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_CHECK)
+    os._exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A follower of cfg-parallel. Started by enable_cfg_parallel, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the leader")
+    parser.add_argument("--parent", type=int, required=True, help="the leader's process id")
+    parser.add_argument("--device", required=True)
+    options = parser.parse_args()
+    threading.Thread(target=_end_with, args=(options.parent,), name="cfg-parallel-orphan", daemon=True).start()
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    link = Link(Connection(options.fd), device)
+    follower = Follower(link)
+    follower.greet()
+    follower.serve()
+    link.close()
+
+
+if __name__ == "__main__":
+    main()

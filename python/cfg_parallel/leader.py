@@ -1,0 +1,335 @@
+"""Where each denoiser call of a generation runs.
+
+Every call returns pending predictions, so what the pipeline does next tells what the call was:
+  another call that does not depend on it   a second branch of the same step: shipped from the next step on, first call first
+  its rows are taken apart (`chunk(2)`)     a batch of branches: split by rows, the first rows shipped, the last run here
+  anything else                             a step with one branch: run here
+A guess that turns out wrong costs time, never bits: the call is run again the way one device would have run it.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cfg_parallel.calls import Call, Denoiser, deal
+from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, map_tensors, tensors_in
+from cfg_parallel.errors import FollowerLostError
+from cfg_parallel.pending import (
+    Node,
+    PendingPrediction,
+    RecordingError,
+    is_unsettled,
+    pending_outputs,
+    settle,
+)
+from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
+
+# A split by rows changes which kernels run, so its rounding; a wrong split changes the result. Relative 2-norms, by dtype.
+_SPLIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What a call's output looks like: its structure as bytes, and its tensors' shapes."""
+
+    body: bytes
+    specs: list[TensorSpec]
+
+
+@dataclass(slots=True)
+class Step:
+    branches: int = 0
+    shipped: int = 0
+    nodes: list[Node] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Generation:
+    """What happened since the pipeline was called: for placing calls, and for the report."""
+
+    step: Step = field(default_factory=Step)
+    steps: list[Step] = field(default_factory=list)
+    local_calls: int = 0
+    forwards: list[tuple[Any, Any]] = field(default_factory=list)  # marks around each local forward
+    notes: dict[str, int] = field(default_factory=dict)  # reason -> how often
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+    def note(self, reason: str) -> None:
+        self.notes[reason] = self.notes.get(reason, 0) + 1
+
+
+class Leader:
+    def __init__(self, device: torch.device, remotes: list[RemoteFollower]) -> None:
+        self.device = device
+        self.remotes = remotes
+        self.generation: Generation | None = None
+        self._expected = 1  # calls in a step, as the last step had them
+        self._templates: dict[Any, Template] = {}
+        self._splits: dict[Any, int] = {}  # signature -> branches in the batch
+        self._whole: dict[Any, str] = {}  # signature -> why its rows cannot be split
+
+    def begin(self) -> Generation:
+        for remote in self.remotes:
+            remote.begin()
+        self.generation = Generation()
+        return self.generation
+
+    def end(self) -> Generation:
+        generation = self.generation
+        assert generation is not None
+        self._end_step(generation)
+        generation.seconds = time.perf_counter() - generation.started
+        self.generation = None
+        for remote in self.remotes:
+            if remote.lost is None:
+                try:
+                    remote.end()
+                except FollowerLostError as error:
+                    self._warn_lost(error)
+        return generation
+
+    def dispatch(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `denoiser(*args, **kwargs)` gives, as pending predictions where that helps."""
+        generation = self.generation
+        pendings = [t for t in tensors_in((args, kwargs)) if isinstance(t, PendingPrediction)]
+        depends = any(is_unsettled(tensor) for tensor in pendings)
+        if pendings:
+            args, kwargs = map_tensors(args, settle), map_tensors(kwargs, settle)
+        if generation is None:
+            return denoiser.module(*args, **kwargs)
+        if depends or any(node.values is not None for node in generation.step.nodes):
+            self._end_step(generation)
+        step = generation.step
+        if torch.is_grad_enabled():
+            generation.note("gradients were enabled, and a prediction from another process has none")
+            step.branches += 1
+            generation.local_calls += 1
+            self._end_step(generation)
+            return denoiser.module(*args, **kwargs)
+        call = Call.of(denoiser, args, kwargs, self.device)
+        signature = call.signature()
+        branches = self._splits.get(signature)
+        if branches is not None and not step.nodes:
+            return self._split(generation, call, signature, branches)
+        index = len(step.nodes)
+        own, followers = deal(max(self._expected, index + 1), len(self.remotes) + 1)
+        is_extra = bool(self.remotes) and self._expected <= index  # one more than the last step had: it is launched beside the others
+        if index < len(followers) or is_extra:
+            follower = followers[index] if index < len(followers) else index % len(self.remotes)
+            output = self._ship(generation, call, signature, index, follower)
+            if output is not None:
+                return output
+        return self._run_here(generation, call, signature)
+
+    def _end_step(self, generation: Generation) -> None:
+        if generation.step.branches:
+            self._expected = max(1, len(generation.step.nodes))
+            generation.step.nodes = []
+            generation.steps.append(generation.step)
+            generation.step = Step()
+
+    def _run(self, generation: Generation, call: Call) -> Any:
+        start = self._mark()
+        output = call.run(self.device)
+        generation.forwards.append((start, self._mark()))
+        generation.local_calls += 1
+        return output
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    # One call, run here.
+
+    def _run_here(self, generation: Generation, call: Call, signature: Any) -> Any:
+        output = self._run(generation, call)
+        step = generation.step
+        step.branches += 1
+        try:
+            body, tensors = encode_plain(output)
+        except UnshippableError as error:
+            generation.note(f"the output cannot be followed: {error}")
+            self._end_step(generation)
+            return output
+        values: list[torch.Tensor] = tensors  # type: ignore[assignment]
+        specs = [TensorSpec.of(tensor, self.device) for tensor in values]
+        self._templates[signature] = Template(body, specs)
+        rows = call.rows()
+        may_split = bool(self.remotes) and rows > 1 and signature not in self._whole and all(spec.shape[:1] == (rows,) for spec in specs)
+        node: Node
+
+        def force() -> Sequence[torch.Tensor]:
+            if may_split and len(node.row_splits) == 1:
+                return self._try_split(generation, step, call, signature, next(iter(node.row_splits)), values)
+            return values
+
+        node, pendings = self._pending(force, specs, rows if may_split else 0)
+        step.nodes.append(node)
+        return decode(body, pendings)
+
+    # One call, shipped.
+
+    def _ship(self, generation: Generation, call: Call, signature: Any, branch: int, follower: int) -> Any:
+        """The call's output as pending predictions, or None when it has to run here."""
+        remote_call = self._send(generation, call, branch, follower)
+        if remote_call is None:
+            return None
+        template = self._templates.get(signature)
+        if template is None:
+            try:
+                template = Template(*remote_call.wait())
+            except (RemoteCallError, FollowerLostError) as error:
+                self._warn_recomputed(error)
+                return None
+            self._templates[signature] = template
+        node, pendings = self._pending(lambda: self._collect(generation, call, remote_call, template), template.specs)
+        generation.step.branches += 1
+        generation.step.shipped += 1
+        generation.step.nodes.append(node)
+        return decode(template.body, pendings)
+
+    def _send(self, generation: Generation, call: Call, branch: int, follower: int) -> RemoteCall | None:
+        remote = self.remotes[follower]
+        try:
+            return remote.call(call.denoiser.name, branch, call.args, call.kwargs, call.context, call.autocast)
+        except UnshippableError as error:
+            generation.note(str(error))
+        except FollowerLostError as error:
+            self._warn_lost(error)
+        return None
+
+    def _collect(
+        self, generation: Generation, call: Call, remote_call: RemoteCall, template: Template
+    ) -> Sequence[torch.Tensor]:
+        try:
+            _, specs = remote_call.wait()
+            if [spec.shape for spec in specs] != [spec.shape for spec in template.specs]:
+                raise RuntimeError(
+                    f"The follower's prediction has shapes {[spec.shape for spec in specs]}, but a call with the same "
+                    f"signature gave {[spec.shape for spec in template.specs]} before; please report this model."
+                )
+            return remote_call.values()
+        except (RemoteCallError, FollowerLostError) as error:
+            self._warn_recomputed(error)
+        if not call.unchanged():
+            raise RecordingError("An argument of the lost call was overwritten, so that it cannot be run again here.")
+        return encode_plain(self._run(generation, call))[1]  # type: ignore[return-value]
+
+    # A batch of branches, split by rows.
+
+    def _split(self, generation: Generation, call: Call, signature: Any, branches: int) -> Any:
+        """The first rows shipped, the last run here; put together again when the pipeline takes the rows apart."""
+        step = generation.step
+        parts, template = self._split_rows(generation, step, call, branches)
+        rows = call.rows()
+        specs = [
+            TensorSpec((rows, *s.shape[1:]), tuple(torch.empty((rows, *s.shape[1:]), device="meta").stride()), s.dtype, True)
+            for s in template.specs
+        ]
+        node: Node
+
+        def force() -> Sequence[torch.Tensor]:
+            if branches in node.row_splits:
+                return self._join(parts)
+            del self._splits[signature]  # the rows stayed together, so they are no branches: run it as one device would
+            generation.note("a batch was split that the pipeline then used whole; it was run again")
+            return self._run_whole(generation, call)
+
+        node, pendings = self._pending(force, specs, rows)
+        step.branches += branches
+        step.nodes.append(node)
+        return decode(template.body, pendings)
+
+    def _split_rows(
+        self, generation: Generation, step: Step, call: Call, branches: int
+    ) -> tuple[list[list[torch.Tensor]], Template]:
+        own, followers = deal(branches, len(self.remotes) + 1)
+        calls = call.split(branches)
+        sent = [self._send(generation, c, i, f) for i, (c, f) in enumerate(zip(calls, followers, strict=False))]
+        outputs = [encode_plain(self._run(generation, c)) for c in calls[len(sent) :]]
+        body, last = outputs[-1]
+        template = Template(body, [TensorSpec.of(tensor, self.device) for tensor in last])  # type: ignore[arg-type]
+        parts: list[list[torch.Tensor]] = []
+        for part, remote_call in zip(calls, sent, strict=False):
+            if remote_call is None:
+                parts.append(encode_plain(self._run(generation, part))[1])  # type: ignore[arg-type]
+                continue
+            step.shipped += 1
+
+            def force(part: Call = part, remote_call: RemoteCall = remote_call) -> Sequence[torch.Tensor]:
+                return self._collect(generation, part, remote_call, template)
+
+            parts.append(list(self._pending(force, template.specs)[1]))
+        parts.extend(tensors for _, tensors in outputs)  # type: ignore[misc]
+        return parts, template
+
+    def _join(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        return [torch.cat([settle(part[i]) for part in parts]) for i in range(len(parts[0]))]
+
+    def _run_whole(self, generation: Generation, call: Call) -> Sequence[torch.Tensor]:
+        if not call.unchanged():
+            raise RecordingError("An argument of a batched call was overwritten before its result was used.")
+        return encode_plain(self._run(generation, call))[1]  # type: ignore[return-value]
+
+    def _try_split(
+        self,
+        generation: Generation,
+        step: Step,
+        call: Call,
+        signature: Any,
+        branches: int,
+        whole: Sequence[torch.Tensor],
+    ) -> Sequence[torch.Tensor]:
+        """The first time that a batch shows itself as one: are its rows independent? Costs one extra forward."""
+        if not call.unchanged():
+            return whole
+        try:
+            parts, _ = self._split_rows(generation, step, call, branches)
+            joined = self._join(parts)
+            reason = _difference(whole, joined)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            reason = f"one branch alone raised {type(error).__name__}: {error}"
+        if reason is not None:
+            self._whole[signature] = f"the rows of a batch cannot be computed apart ({reason})"
+            generation.note(self._whole[signature])
+            return whole
+        self._splits[signature] = branches
+        step.branches += branches - 1
+        return joined
+
+    # Shared.
+
+    def _pending(
+        self, force: Any, specs: Sequence[TensorSpec], rows: int = 0
+    ) -> tuple[Node, list[PendingPrediction]]:
+        cpu = torch.device("cpu")
+        metas = [(s.shape, s.stride, s.dtype, self.device if s.on_device else cpu) for s in specs]
+        return pending_outputs(force, metas, rows)
+
+    def _warn_lost(self, error: Exception) -> None:
+        warnings.warn(f"{error} The rest of this generation runs on {self.device} alone.", stacklevel=2)
+
+    def _warn_recomputed(self, error: Exception) -> None:
+        warnings.warn(f"{error} The call was run again on {self.device}.", stacklevel=2)
+
+
+def _difference(whole: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> str | None:
+    """None when the two agree up to the rounding of other kernels. Waits for the device: once a signature."""
+    for a, b in zip(whole, parts, strict=True):
+        if a.shape != b.shape:
+            return f"shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+        error = (a.double() - b.double()).norm() / a.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+        tolerance = _SPLIT_TOLERANCE.get(a.dtype, 0.0)
+        if not float(error) <= tolerance:
+            return f"they differ by {float(error):.1e} of their norm, more than {tolerance:.0e}"
+    return None

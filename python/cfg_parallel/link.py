@@ -1,0 +1,96 @@
+"""One connection between the leader and a follower: headers on a local socket, tensors by a transport."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from cfg_parallel.codec import TensorSpec, flat_bytes
+from cfg_parallel.errors import FollowerLostError
+from cfg_parallel.transports.host import HostTransport
+from cfg_parallel.transports.nccl import NcclTransport
+
+_MAX_HEADER = 1 << 30  # bytes; a longer one is a corrupted stream, not a message
+
+
+class Link:
+    """Both ends use the same class. Every message is a header (a dict) and any number of tensors.
+
+    `read` returns a header as soon as it is there; `pull` receives its tensors, and must be called once, in order, for each
+    header that has some. The two are apart because a receive posted before the local forward would make the GPU wait in the wrong place.
+    """
+
+    def __init__(self, conn: Connection, device: torch.device) -> None:
+        self.device = device
+        self.transport: HostTransport | NcclTransport = HostTransport()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._conn = conn
+        self._pulled = 0
+
+    def send(self, header: dict[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
+        flats = [flat_bytes(tensor) for tensor in tensors]
+        by_transport, inline = self._sort(flats)
+        header |= {
+            "specs": [TensorSpec.of(tensor, self.device) for tensor in tensors],
+            "inline": [flat.numpy().tobytes() for flat in inline],
+            "pulled": self._pulled,
+            "descriptor": self.transport.stage(by_transport) if by_transport else None,
+        }
+        self.bytes_sent += sum(flat.numel() for flat in flats)
+        try:
+            self._conn.send_bytes(pickle.dumps(header, protocol=5))
+            if by_transport:
+                self.transport.push(by_transport, self._conn)
+        except OSError as error:
+            raise FollowerLostError(f"the connection broke while sending: {error}") from error
+
+    def read(self, timeout: float | None = None, alive: Callable[[], bool] = lambda: True) -> dict[str, Any]:
+        """The next header. Raises FollowerLostError when the peer is gone or silent for `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while deadline is not None and not self._conn.poll(min(0.5, max(0.0, deadline - time.monotonic()))):
+                if not alive():
+                    raise FollowerLostError("the process ended")
+                if time.monotonic() >= deadline:
+                    raise FollowerLostError(f"no answer within {timeout:.0f} s")
+            header = pickle.loads(self._conn.recv_bytes(_MAX_HEADER))
+            if header["descriptor"] is not None:
+                self.transport.accept(header["descriptor"], self._conn)
+        except (EOFError, OSError) as error:
+            raise FollowerLostError(f"the connection closed ({type(error).__name__})") from error
+        self.transport.release(header["pulled"])
+        return header
+
+    def pull(self, header: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensors that belong to `header`, on this side's device."""
+        tensors = [spec.empty(self.device) for spec in header["specs"]]
+        self.pull_into(header, tensors)
+        return tensors
+
+    def pull_into(self, header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
+        flats = [flat_bytes(tensor) for tensor in tensors]
+        by_transport, inline = self._sort(flats)
+        for flat, data in zip(inline, header["inline"], strict=True):
+            if data:
+                flat.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if by_transport:
+            self.transport.pull(header["descriptor"], by_transport)
+            self._pulled += 1
+        self.bytes_received += sum(flat.numel() for flat in flats)
+
+    def _sort(self, flats: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the transport moves, and what is small and in host memory anyway and so travels in the header."""
+        if self.transport.name == "host":
+            return flats, []
+        on_device = [flat for flat in flats if flat.device.type == self.device.type]
+        return on_device, [flat for flat in flats if flat.device.type != self.device.type]
+
+    def close(self) -> None:
+        self.transport.close()
+        self._conn.close()

@@ -1,0 +1,292 @@
+"""The leader's view of one follower: starts it, ships denoisers and calls, collects results."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfg_parallel import numerics
+from cfg_parallel.codec import Rows, TensorSpec, encode_plain, encode_structure
+from cfg_parallel.errors import CfgParallelError, FollowerLostError
+from cfg_parallel.link import Link
+from cfg_parallel.pending import settle
+from cfg_parallel.replica import send_replica
+from cfg_parallel.transports.nccl import NcclTransport
+
+_START_TIMEOUT = 180.0  # seconds: importing torch and diffusers from a cold disk takes most of a minute
+_CLOSE_TIMEOUT = 5.0
+_WATCH_INTERVAL = 0.25
+
+
+@dataclass(slots=True)
+class RemoteCall:
+    """A denoiser call that a follower is answering."""
+
+    remote: RemoteFollower
+    header: dict[str, Any] | None = None
+    tensors: list[torch.Tensor] | None = None
+    pins: Sequence[torch.Tensor] = ()  # the arguments, until they have arrived
+
+    def wait(self) -> tuple[bytes, list[TensorSpec]]:
+        """Until the follower has launched the forward: the structure of its output. Raises what went wrong there."""
+        header = self.remote.read_until(self)
+        if header["kind"] == "error":
+            raise RemoteCallError(header["message"])
+        return header["body"], header["specs"]
+
+    def values(self) -> list[torch.Tensor]:
+        """The output's tensors, on the leader's device, in stream order."""
+        self.wait()
+        self.remote.pull_until(self)
+        assert self.tensors is not None
+        return self.tensors
+
+
+class RemoteCallError(CfgParallelError):
+    """The denoiser raised on the follower."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """What was shipped since the last `reset`: for the report."""
+
+    calls: int = 0
+    bytes: int = 0
+    bytes_back: int = 0
+    ship_ms: float = 0.0
+    wait_ms: float = 0.0  # the host's wait for launches
+    gpu_waits: list[tuple[Any, Any]] = field(default_factory=list)  # event pairs around receives
+
+
+class RemoteFollower:
+    def __init__(self, conn: Connection, leader_device: torch.device, device: torch.device, timeout: float) -> None:
+        self.device = device
+        self.process: subprocess.Popen[bytes] | None = None
+        self.link = Link(conn, leader_device)
+        self.sent = Sent()
+        self.lost: str | None = None
+        self.died = False  # while NCCL was in use: results received just before may be garbage
+        self._closing = False
+        self._timeout = timeout
+        self._stderr: Any = None
+        self._unread: deque[RemoteCall] = deque()
+        self._unpulled: deque[RemoteCall] = deque()
+        self._residents: dict[Any, list[tuple[torch.Tensor, int, int, int]]] = {}
+        self._settings: dict[str, Any] | None = None
+
+    @classmethod
+    def start(cls, leader_device: torch.device, device: torch.device, timeout: float) -> RemoteFollower:
+        """Start a follower process on `device`, connected by a socket pair: no address, so nobody else can connect."""
+        ours, theirs = socket.socketpair()
+        environment = dict(os.environ)
+        package_root = str(Path(__file__).resolve().parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "cfg_parallel.follower"]
+        command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--device", str(device)]
+        self = cls(Connection(ours.detach()), leader_device, device, timeout)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # unlinked at once; read when the start fails
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=self._stderr,
+            start_new_session=True,  # Ctrl-C is the leader's to handle
+        )
+        theirs.close()
+        return self
+
+    def greet(self) -> dict[str, Any]:
+        """Wait until the follower is up. Apart from `start`, so that several come up side by side."""
+        self._send({"kind": "hello", "path": sys.path})
+        try:
+            return self.link.read(_START_TIMEOUT, self._alive)
+        except FollowerLostError as error:
+            raise FollowerLostError(f"The follower on {self.device} did not start: {error}. {self._last_words()}") from None
+
+    def use_nccl(self) -> None:
+        ids = NcclTransport.unique_ids()
+        self._send({"kind": "transport", "ids": ids, "timeout": _START_TIMEOUT})
+        transport = NcclTransport.connect(ids, 0, self.link.device, _START_TIMEOUT)
+        answer = self.link.read(_START_TIMEOUT, self._alive)
+        if answer["kind"] != "connected":
+            raise CfgParallelError(f"NCCL could not connect on the follower: {answer['message']}; try transport='host'.")
+        self.link.transport = transport
+        if self.process is not None:
+            threading.Thread(target=self._abort_when_dead, name="cfg-parallel-watch", daemon=True).start()
+
+    def ship_denoiser(self, name: str, module: torch.nn.Module) -> None:
+        self._sync_settings()
+        self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
+        with self._watch():
+            send_replica(self.link, name, module, self._timeout)
+
+    def begin(self) -> None:
+        """Before a generation: settings that the user may have changed."""
+        self.sent = Sent()
+        self._sync_settings()
+
+    def call(self, name: str, branch: int, args: Any, kwargs: Any, context: Any, autocast: Any) -> RemoteCall:
+        """Ship one forward of denoiser `name`; returns at once. `branch` is its place in the step.
+
+        A tensor that is the same object at the same version as in the last call of this branch is not sent again."""
+        start = time.perf_counter()
+        body, tensors = encode_plain(((args, kwargs), context), settle)
+        kept = self._residents.get((name, branch), [])
+        identities = [_identity(tensor) for tensor in tensors]
+        resident = [i < len(kept) and _same(identities[i], kept[i]) for i in range(len(tensors))]
+        fresh = [_value(t) for t, is_resident in zip(tensors, resident, strict=True) if not is_resident]
+        before = self.link.bytes_sent
+        header = {"kind": "call", "slot": (name, branch), "body": body, "resident": resident, "autocast": autocast}
+        call = RemoteCall(self, pins=fresh)
+        with self._watch():
+            self.link.send(header, fresh)
+        self._residents[name, branch] = identities
+        self._unread.append(call)
+        self._unpulled.append(call)
+        self.sent.calls += 1
+        self.sent.bytes += self.link.bytes_sent - before
+        self.sent.ship_ms += (time.perf_counter() - start) * 1e3
+        return call
+
+    def read_until(self, call: RemoteCall) -> dict[str, Any]:
+        while call.header is None:
+            start = time.perf_counter()
+            with self._watch():
+                header = self.link.read(self._timeout, self._alive)
+            self.sent.wait_ms += (time.perf_counter() - start) * 1e3
+            self._unread.popleft().header = header
+        return call.header
+
+    def pull_until(self, call: RemoteCall) -> None:
+        while call.tensors is None:
+            earliest = self._unpulled[0]
+            header = self.read_until(earliest)
+            on_gpu = self.link.device.type == "cuda"
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+            if events:
+                events[0].record()
+            start, before = time.perf_counter(), self.link.bytes_received
+            with self._watch():
+                earliest.tensors = self.link.pull(header)
+            self.sent.bytes_back += self.link.bytes_received - before
+            if events:
+                events[1].record()
+                self.sent.gpu_waits.append((events[0], events[1]))
+            elif not on_gpu:
+                self.sent.ship_ms += (time.perf_counter() - start) * 1e3
+            earliest.pins = ()
+            self._unpulled.popleft()
+
+    def drain(self) -> None:
+        """Receive what nobody asked for, so that the next call's result is the next message."""
+        if self._unpulled and self.lost is None:
+            self.pull_until(self._unpulled[-1])
+
+    def end(self) -> None:
+        """After a generation: its prompts and latents need not stay."""
+        self.drain()
+        if self.lost is None:
+            self._residents.clear()
+            self._send({"kind": "forget"})
+
+    def statistics(self) -> dict[str, Any]:
+        self._send({"kind": "statistics"})
+        with self._watch():
+            header = self.link.read(self._timeout, self._alive)
+            self.link.pull(header)
+        return header
+
+    def send_output(self, output: Any, failure: str | None = None) -> None:
+        """Under torchrun: hand the leader's output, or why there is none, to the rank that served it."""
+        body, tensors = encode_structure(output)
+        with self._watch():
+            self.link.send({"kind": "output", "body": body, "failure": failure}, tensors)
+
+    def close(self) -> None:
+        self._closing = True
+        if self.lost is None:
+            with contextlib.suppress(FollowerLostError):
+                self.link.send({"kind": "close"})
+        if self.process is not None:
+            try:
+                self.process.wait(_CLOSE_TIMEOUT if self.lost is None else 0)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self._stderr.close()
+        self.link.close()
+
+    def _sync_settings(self) -> None:
+        settings = numerics.capture()
+        if settings != self._settings:
+            self._send({"kind": "settings", "numerics": settings})
+            self._settings = settings
+
+    def _send(self, header: dict[str, Any]) -> None:
+        with self._watch():
+            self.link.send(header)
+
+    @contextlib.contextmanager
+    def _watch(self) -> Any:
+        """Note the loss of the follower, once; whoever waits for NCCL is woken up."""
+        if self.lost is not None:
+            raise FollowerLostError(self.lost)
+        try:
+            yield
+        except FollowerLostError as error:
+            self.lost = f"The follower on {self.device} was lost: {error}. {self._last_words()}".strip()
+            self.link.transport.abort()
+            if self.process is not None:
+                self.process.kill()
+            raise FollowerLostError(self.lost) from None
+
+    def _abort_when_dead(self) -> None:
+        """A receive that a dead follower will never answer blocks the GPU, so the host too; only an abort ends it."""
+        process = self.process
+        assert process is not None
+        while process.poll() is None:
+            time.sleep(_WATCH_INTERVAL)
+        if not self._closing:
+            self.died = True
+            self.link.transport.abort()
+
+    def _alive(self) -> bool:
+        return self.process is None or self.process.poll() is None
+
+    def _last_words(self) -> str:
+        if self._stderr is None:
+            return ""
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return f"Its last words: {lines[-1]}" if lines else ""
+
+
+def _identity(tensor: torch.Tensor | Rows) -> tuple[torch.Tensor, int, int, int]:
+    """The tensor, kept alive so that identity is sound, its version, and which rows. Version -1 never matches."""
+    base, start, stop = (tensor.base, tensor.start, tensor.stop) if isinstance(tensor, Rows) else (tensor, 0, -1)
+    return base, -1 if base.is_inference() else base._version, start, stop
+
+
+def _same(now: tuple[torch.Tensor, int, int, int], then: tuple[torch.Tensor, int, int, int]) -> bool:
+    return now[0] is then[0] and now[1] == then[1] != -1 and now[2:] == then[2:]
+
+
+def _value(tensor: torch.Tensor | Rows) -> torch.Tensor:
+    return tensor.tensor() if isinstance(tensor, Rows) else tensor
+
+

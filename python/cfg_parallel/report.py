@@ -1,0 +1,111 @@
+"""What happened in the last generation, and in a sentence why it was or was not faster than one device."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Report:
+    """Times are in milliseconds unless a name says seconds, sizes in bytes.
+
+    `leader_wait_ms` is the time in which the leader's device had nothing to do but wait for the follower's predictions,
+    `follower_wait_ms` the time in which a follower's device waited for calls, over all steps after the first call."""
+
+    devices: list[str]
+    transport: str
+    transport_reason: str
+    seconds: float = 0.0
+    steps: int = 0
+    guided_steps: int = 0
+    parallel_steps: int = 0
+    calls_shipped: int = 0
+    calls_local: int = 0
+    bytes_to_followers: int = 0
+    bytes_from_followers: int = 0
+    ship_ms: float = 0.0
+    launch_wait_ms: float = 0.0
+    leader_wait_ms: float = 0.0
+    leader_forward_ms: float | None = None
+    follower_forward_ms: float | None = None
+    leader_busy_ms: float = 0.0
+    follower_busy_ms: float = 0.0
+    follower_peak_bytes: int | None = None
+    guidance: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def follower_wait_ms(self) -> float:
+        return max(0.0, self.seconds * 1e3 - self.follower_busy_ms)
+
+    @property
+    def why(self) -> str:
+        """One sentence: why there was, or was not, a speed-up."""
+        if self.steps == 0:
+            return "no speed-up: the pipeline did not call its denoiser."
+        if self.lost:
+            return f"no speed-up for part of the run: {self.lost[0]}"
+        if self.parallel_steps:
+            overlap = min(self.leader_busy_ms, self.follower_busy_ms) / 1e3
+            sentence = (
+                f"faster: in {self.parallel_steps} of {self.steps} steps the guidance passes ran on "
+                f"{len(self.devices)} devices at once; about {overlap:.2f} s of denoiser time was done beside the rest"
+            )
+            ratio = self._imbalance()
+            if ratio > 1.15:
+                slow = "follower" if (self.follower_forward_ms or 0) > (self.leader_forward_ms or 0) else "leader"
+                sentence += f"; the {slow}'s forward takes {ratio:.2f} times as long, and the other one waits for it"
+            return sentence + "."
+        if self.guided_steps == 0:
+            return f"no speed-up: guidance was off in {self.steps} of {self.steps} steps{self._guidance_hint()}."
+        reason = next(iter(self.notes), "no second pass could run elsewhere")
+        return f"no speed-up: guidance was on in {self.guided_steps} of {self.steps} steps, but {reason}."
+
+    def _imbalance(self) -> float:
+        a, b = self.leader_forward_ms, self.follower_forward_ms
+        return max(a, b) / min(a, b) if a and b else 1.0
+
+    def _guidance_hint(self) -> str:
+        if not self.guidance:
+            return ""
+        given = ", ".join(f"{name}={value}" for name, value in self.guidance.items() if name != "negative_prompt")
+        hint = f": {given}" if given else ""
+        if "negative_prompt" in self.guidance and not self.guidance["negative_prompt"]:
+            hint += "; a negative prompt is needed" if "true_cfg_scale" in self.guidance else ""
+        scales = [v for name, v in self.guidance.items() if name.endswith("scale") and isinstance(v, (int, float))]
+        if scales and max(scales) <= 1:
+            hint += "; a scale above 1 turns it on"
+        return hint
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"follower_wait_ms": self.follower_wait_ms, "why": self.why}
+
+    def __str__(self) -> str:
+        rows = [
+            ("devices", " + ".join(self.devices)),
+            ("transport", f"{self.transport} ({self.transport_reason})"),
+            ("steps", f"{self.steps}, {self.guided_steps} with guidance, {self.parallel_steps} on all devices"),
+            ("calls", f"{self.calls_shipped} shipped, {self.calls_local} local"),
+            ("shipped", f"{_mib(self.bytes_to_followers)} in {self.ship_ms:.1f} ms; back {_mib(self.bytes_from_followers)}"),
+            ("forward", f"leader {_ms(self.leader_forward_ms)}, follower {_ms(self.follower_forward_ms)} (median)"),
+            ("waited", f"leader {self.leader_wait_ms:.1f} ms, follower {self.follower_wait_ms:.1f} ms"),
+            ("total", f"{self.seconds:.2f} s"),
+        ]
+        rows += [("note", f"{reason} ({count}x)") for reason, count in self.notes.items()]
+        rows.append(("result", self.why))
+        return "\n".join(f"{name:>10}  {text}" for name, text in rows)
+
+
+def median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f} MiB"

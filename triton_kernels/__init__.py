@@ -1,0 +1,1 @@
+"""Guidance kernels in Triton, one file a family. Installed as `cfg_parallel.triton_kernels`; needs Triton."""
