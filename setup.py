@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SWITCH = "CFG_PARALLEL_BUILD_EXTENSION"
-DEFAULT_ARCHS = "80;90;100"
+DEFAULT_ARCHS = ("80", "90", "100")
 
 
 def find_nvcc() -> str | None:
@@ -40,6 +40,12 @@ def cuda_architectures(text: str) -> str:
         raise SystemExit(f'Expected CFG_PARALLEL_CUDA_ARCHS such as "80;90;100", but got {text!r}.')
     names.sort(key=lambda name: (int(name.rstrip("af")), name))
     return ";".join([f"{name}-real" for name in names[:-1]] + names[-1:])
+
+
+def default_architectures(nvcc: str) -> str:
+    """Those of DEFAULT_ARCHS that this nvcc knows: sm_100 came with CUDA 12.8."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    return ";".join(arch for arch in DEFAULT_ARCHS if f"compute_{arch}" in known)
 
 
 def tool(name: str, module_attribute: str) -> str:
@@ -61,7 +67,7 @@ class BuildWithCMake(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             raise SystemExit(f"{SWITCH}=1 needs nvcc: set CUDACXX or CUDA_HOME, or put nvcc on PATH.")
-        archs = cuda_architectures(os.environ.get("CFG_PARALLEL_CUDA_ARCHS") or DEFAULT_ARCHS)
+        archs = cuda_architectures(os.environ.get("CFG_PARALLEL_CUDA_ARCHS") or default_architectures(nvcc))
         target = (Path.cwd() / self.get_ext_fullpath(ext.name)).parent
         build = Path(self.build_temp).resolve() / "native"
         configure = [

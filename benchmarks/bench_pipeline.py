@@ -2,10 +2,10 @@
 
     python benchmarks/bench_pipeline.py --model qwen-image-edit --size 1024 --steps 20 --repeat 3
 
-The reference is the stock diffusers pipeline on one GPU. Then `enable_cfg_parallel` is called on the same pipeline object,
-and the same seed must give the same picture, element for element. A pipeline that batches its two branches (SD, SDXL, SD 3)
-is timed as it is, and compared with itself running the two halves of the batch one after the other, because cuBLAS picks
-other kernels for another batch size.
+The reference is the stock diffusers pipeline on one GPU. Then `enable_cfg_parallel` is called on the same pipeline
+object, and the same seed must give the same picture, element for element. A pipeline that batches its two branches (SD,
+SDXL, SD 3) is timed as it is, and compared with itself running the two halves of the batch one after the other, because
+cuBLAS picks other kernels for another batch size.
 
     python benchmarks/bench_pipeline.py --scale tiny --devices cpu,cpu --steps 4      # dry run, writes no file
 
@@ -18,7 +18,6 @@ import argparse
 import datetime
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,13 +29,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import models  # noqa: E402
-from benchmarks.results_file import markdown_table, merge_rows  # noqa: E402
+from benchmarks import models
+from benchmarks.results_file import markdown_table, merge_rows
 
 # What each two-GPU mode passes to enable_cfg_parallel.
 TWO_GPU_MODES: dict[str, dict[str, Any]] = {"two-gpu-eager": {}}
@@ -66,7 +64,7 @@ class StepClock:
         self.device = device
         self.marks: list[Any] = []
 
-    def __call__(self, pipe: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -102,6 +100,7 @@ class Bench:
         self.leader = torch.device(args.devices[0])
         self.dtype = getattr(torch, args.dtype)
         self.image = Image.open(args.image).convert("RGB") if args.image else None
+        self.image = self.inputs(args.steps).get("image")  # read once, and missing before 40 GB of weights are made
         say(f"building {args.model} ({args.scale}, {args.dtype}) on {self.leader}")
         self.pipe = models.build_pipeline(
             args.model, device=self.leader, dtype=self.dtype, seed=args.seed, scale=args.scale, log=say
@@ -123,7 +122,7 @@ class Bench:
 
     def generate(self, steps: int, clock: StepClock | None = None, **changes: Any) -> np.ndarray:
         """One generation with the run's seed. Returns the picture (or the frames) as floats in [0, 1]."""
-        hooks = {} if clock is None else dict(callback_on_step_end=clock, callback_on_step_end_tensor_inputs=[])
+        hooks = {} if clock is None else {"callback_on_step_end": clock, "callback_on_step_end_tensor_inputs": []}
         output = self.pipe(**(self.inputs(steps) | changes), **hooks)
         picture = np.asarray(output.frames if hasattr(output, "frames") else output.images)
         if not np.isfinite(picture).all():
@@ -148,7 +147,7 @@ class Bench:
         into.pictures.append(picture)
         if self.leader.type == "cuda":
             into.peak_gib = max(into.peak_gib or 0.0, torch.cuda.max_memory_allocated(self.leader) / 2**30)
-        say(f"{mode}: {statistics.median(step_ms):.2f} ms a step, {total:.2f} s in all, picture std {picture.std():.3f}")
+        say(f"{mode}: {statistics.median(step_ms):.2f} ms a step, {total:.2f} s, picture std {picture.std():.3f}")
 
     def synchronize(self) -> None:
         if self.leader.type == "cuda":
@@ -176,7 +175,7 @@ def half_batches(denoiser: torch.nn.Module) -> Iterator[dict[str, int]]:
         return value
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        sample = args[0] if args else kwargs["hidden_states"]
         batch = sample.shape[0]
         if batch % 2 or kwargs.get("return_dict", True):
             return original(*args, **kwargs)
@@ -195,8 +194,10 @@ def half_batches(denoiser: torch.nn.Module) -> Iterator[dict[str, int]]:
 
 
 def exact_reference(bench: Bench) -> tuple[np.ndarray, str]:
-    """What two GPUs must reproduce, made on one GPU, and its name: the halves of a batched call run one after the other;
-    without batched calls this is plain diffusers."""
+    """What two GPUs must reproduce, made on one GPU, and its name.
+
+    The halves of a batched call run one after the other; without batched calls this is plain diffusers.
+    """
     with half_batches(bench.denoiser) as count:
         picture = bench.generate(bench.args.steps)
     say(f"exact reference made; {count['split']} batched calls were run in halves")
@@ -205,10 +206,8 @@ def exact_reference(bench: Bench) -> tuple[np.ndarray, str]:
 
 def guidance_changes(bench: Bench) -> float:
     """Fraction of the picture that guidance changes in a few steps. If it is small, equal pictures prove little."""
-    guidance = models.spec(bench.args.model).guidance
-    off = "true_cfg_scale" if "true_cfg_scale" in guidance else "guidance_scale"
     with_guidance = bench.generate(WARMUP_STEPS)
-    without = bench.generate(WARMUP_STEPS, **{off: 1.0})
+    without = bench.generate(WARMUP_STEPS, **models.guidance_off(bench.args.model))
     fraction = float((with_guidance != without).mean())
     if fraction < 0.01:
         raise BenchmarkError(f"Guidance changes only {fraction:.2%} of the picture; equality would prove nothing.")
@@ -237,9 +236,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             say(f"enabled in {two.extra['enable_s']} s")
             bench.generate(WARMUP_STEPS)
             bench.measure(args.mode, two)
-            two.extra["follower_device_gib"] = memory_used_gib(torch.device(args.devices[1]))
             two.extra["report"] = handle.report.to_dict()
-            say(str(handle.report))
+            say(f"report\n{handle.report}")
     if args.pictures:
         save_pictures(args.pictures, args.model, {ONE_GPU: one.pictures[0], args.mode: two.pictures[0]})
     if reference_name == ONE_GPU and not np.array_equal(reference, one.pictures[0]):
@@ -256,6 +254,7 @@ def row(
     median = statistics.median(got.step_ms)
     p10, p90 = np.percentile(got.step_ms, [10, 90])
     report = got.extra.get("report", {})
+    follower_peak = report.get("follower_peak_bytes")
     gpu = torch.cuda.get_device_name(args.devices[0]) if args.devices[0].startswith("cuda") else platform.machine()
     return {
         "bench": "pipeline",
@@ -278,25 +277,13 @@ def row(
         "dtype": args.dtype,
         "seed": args.seed,
         "leader_peak_gib": None if got.peak_gib is None else round(got.peak_gib, 2),
+        "follower_peak_gib": None if follower_peak is None else round(follower_peak / 2**30, 2),
         "gpu": gpu,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **got.extra,
     }
-
-
-def memory_used_gib(device: torch.device) -> float | None:
-    """Memory in use on `device` by all processes, without making a CUDA context there. None on a CPU."""
-    if device.type != "cuda":
-        return None
-    uuid = torch.cuda.get_device_properties(device).uuid
-    query = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        return round(float(subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout) / 1024, 2)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        say(f"no figure for the follower's memory: {error}")
-        return None
 
 
 def save_pictures(folder: Path, model: str, pictures: dict[str, np.ndarray]) -> None:
@@ -314,13 +301,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", default="qwen-image-edit", choices=list(models.SPECS))
-    parser.add_argument("--size", type=int, help="side of the picture, or lines of the video (default: the model's own)")
+    parser.add_argument("--size", type=int, help="side of the picture or lines of the video; default: the model's")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=1, help="one GPU and two GPUs in turn, this many times")
     parser.add_argument("--mode", default="two-gpu-eager", choices=list(TWO_GPU_MODES))
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="leader,follower")
-    parser.add_argument("--scale", default="real", choices=["real", "tiny"], help="tiny: the same pipeline for a dry run")
+    parser.add_argument("--scale", default="real", choices=["real", "tiny"], help="tiny: for a dry run")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, tiny: float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image", type=Path, help="photo for an edit model (default: Matplotlib's sample portrait)")
@@ -331,8 +318,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.scale == "real" else "float32")
     if len(args.devices) != 2:
         parser.error(f"--devices: expected leader,follower, but got {','.join(args.devices)}")
-    if args.steps <= SKIPPED_STEPS + 1:
-        parser.error(f"--steps: expected at least {SKIPPED_STEPS + 2}: the first {SKIPPED_STEPS} steps are not counted")
+    if args.steps <= SKIPPED_STEPS:
+        parser.error(f"--steps: expected at least {SKIPPED_STEPS + 1}: the first {SKIPPED_STEPS} steps are not counted")
     if args.repeat < 1:
         parser.error("--repeat: expected at least 1")
     wanted = [torch.device(name) for name in args.devices]

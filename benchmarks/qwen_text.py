@@ -1,9 +1,9 @@
 """A tokenizer and a processor with Qwen2.5-VL's classes, special tokens and ids, made locally, without a download.
 
-The real vocabulary cannot be had offline. What matters to a pipeline is that the special tokens have the ids the text
-encoder's configuration names, and that a prompt costs about the tokens it really costs: the BPE merges are trained on the
-prompt templates until every word of them is one token, as it is in the real vocabulary, so the templates' system prompts
-come out at exactly the 34 and 64 tokens that the pipelines cut off.
+The real vocabulary cannot be had offline. What matters to a pipeline is that the special tokens have the ids that the
+text encoder's configuration names, and that a prompt costs about the tokens it really costs: the BPE merges are trained
+on the prompt templates until every word of them is one token, as it is in the real vocabulary, so the templates' system
+prompts come out at exactly the 34 and 64 tokens that the pipelines cut off.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Random weights for a model in its published geometry, made on the device that will run it.
 
-A 20 B model is 41 GB: drawing it on the host and copying it over takes minutes, drawing it on the GPU about a second. So
-the model is built with its parameters on the meta device, each parameter is then allocated on the target device in its
+A 20 B model is 41 GB: drawing it on the host and copying it over takes minutes, drawing it on the GPU a moment. So the
+model is built with its parameters on the meta device; each parameter is then allocated on the target device in its
 final dtype and drawn there, one by one, so that the peak is the model itself.
 """
 
@@ -81,7 +81,7 @@ def materialize(model: ModuleT, *, device: torch.device, dtype: torch.dtype, see
 
 
 def _draw(value: torch.Tensor, module: nn.Module, name: str, generator: torch.Generator) -> None:
-    """Norms 1, biases 0, everything else N(0, 1 / fan_in), which keeps activations near unit scale through 60 layers."""
+    """Norms 1, biases 0, the rest N(0, 1 / fan_in): activations stay near unit scale through 60 layers in bf16."""
     if value.ndim < 2 or "norm" in type(module).__name__.lower():
         value.fill_(1.0 if name in ("weight", "gamma") else 0.0)
     else:

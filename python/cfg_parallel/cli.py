@@ -1,13 +1,12 @@
 """The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot.
 
-Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was done,
-with one line on stderr that names the fix.
+Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was
+done, with one line on stderr that names the fix.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import re
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from cfg_parallel import __version__
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cfg-parallel", description="Runs the guidance passes of a diffusers pipeline on several devices."
     )
-    parser.add_argument("--version", action="version", version=f"cfg-parallel {_version()}")
+    parser.add_argument("--version", action="version", version=f"cfg-parallel {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     edit = commands.add_parser("edit", help="edit a picture with any diffusers model", description="Edits a picture.")
     add_edit_arguments(edit)
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="run the whole thing on a tiny model that is made here, without a download",
-        description="Builds a tiny Qwen-Image-Edit with random weights and edits a photograph with it, on one and on two devices.",
+        description="Builds a tiny Qwen-Image-Edit with random weights and edits a photograph on one device and two.",
     )
     demo.add_argument("--output", default="cfg-parallel-demo.png", metavar="FILE", help="default: %(default)s")
     demo.add_argument("--model-dir", metavar="DIR", help="where the model is, or is built (default: a cache folder)")
@@ -96,7 +96,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="such as cuda:0,cuda:1 or cpu,cpu; the first leads (default: GPUs, or CPU processes without a GPU)",
     )
-    add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
+    add("--transport", choices=["auto", "host", "nccl"], default="auto", help="default: %(default)s")
     add("--compare", action="store_true", help="run one device first and compare time and picture")
 
 
@@ -138,18 +138,13 @@ def _devices(text: str) -> list[str]:
     return devices
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("cfg-parallel")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown (not installed)"
-
-
 def _demo(args: argparse.Namespace) -> int:
     """`cfg-parallel demo`: the main job on a tiny model with random weights and a photograph that is already here."""
     from cfg_parallel import demo
     from cfg_parallel.images import check_output
 
+    if args.num_inference_steps < 2:
+        raise ConfigurationError("Qwen-Image's schedule divides by zero with one step: use --num-inference-steps 2.")
     folder = Path(args.model_dir) if args.model_dir is not None else demo.cache_folder()
     if args.model_only:
         print(demo.ensure_demo_model(folder))

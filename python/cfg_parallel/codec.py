@@ -180,7 +180,10 @@ def encode_plain(
     Raises UnshippableError when something in `obj` is not plain data."""
     file = io.BytesIO()
     pickler = _PlainPickler(file, unwrap)
-    pickler.dump(obj)
+    try:
+        pickler.dump(obj)
+    except (pickle.PicklingError, AttributeError) as error:  # a lambda, or a class that cannot be found by its name
+        raise UnshippableError(f"an argument cannot be pickled: {error}") from error
     return file.getvalue(), pickler.tensors
 
 
@@ -243,4 +246,4 @@ def signature(obj: Any) -> Any:
         hash(obj)
     except TypeError:
         return (type(obj), repr(obj))
-    return obj
+    return type(obj), obj  # the type too: True == 1

@@ -1,8 +1,9 @@
 """A tiny but real Qwen-Image-Edit, made here instead of downloaded, and the photograph it edits.
 
-Everything is the published pipeline's: its classes, its latent layout, its scheduler configuration, its prompt template.
-Only the sizes are tiny and the weights are random, so the picture is noise-like and shows mechanics, not quality. The
-pipeline works on about a megapixel whatever the model, so the denoiser attends over 8400 image tokens and is most of a step.
+Everything is the published pipeline's: its classes, its latent layout, its scheduler configuration, its prompt
+template. Only the sizes are tiny and the weights are random, so the picture is noise-like and shows mechanics, not
+quality. The pipeline works on about a megapixel whatever the model, so the denoiser attends over 8400 image tokens
+and is most of a step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from cfg_parallel.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import ProcessorMixin, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 # Part of the cache folder's name: raise it when the files that build_demo_model writes change.
@@ -54,23 +54,24 @@ _SPECIAL_TOKENS = (
 # Byte-level BPE merges, the most frequent pairs of the prompt template first ("\u0120" is the byte-level space).
 _MERGES = (
     ("\u0120", "t"), ("h", "e"), ("\u0120", "a"), ("i", "n"), ("r", "e"), ("\u0120t", "he"), ("e", "r"), ("o", "n"),
-    ("o", "r"), ("\u0120", "i"), ("a", "t"), ("i", "t"), ("\u0120", "o"), ("e", "s"), ("e", "n"), ("a", "g"), ("m", "ag"),
-    ("\u0120i", "mag"), ("\u0120imag", "e"), ("o", "u"), ("t", "e"), ("\u0120", "s"), ("in", "g"), ("\u0120", "c"),
-    ("i", "on"), ("t", "ion"),
+    ("o", "r"), ("\u0120", "i"), ("a", "t"), ("i", "t"), ("\u0120", "o"), ("e", "s"), ("e", "n"), ("a", "g"),
+    ("m", "ag"), ("\u0120i", "mag"), ("\u0120imag", "e"), ("o", "u"), ("t", "e"), ("\u0120", "s"), ("in", "g"),
+    ("\u0120", "c"), ("i", "on"), ("t", "ion"),
 )  # fmt: skip
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/cfg-parallel/demo-<format version>`; `~/.cache` when the variable is unset or not absolute (as the XDG
-    specification says). Without torchvision the model's processor is another class, hence another folder."""
+    """`$XDG_CACHE_HOME/cfg-parallel/demo-<format version>`; `~/.cache` when the variable is unset or not absolute
+    (as the XDG specification says). Without torchvision the model's processor is another class, hence another
+    folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "cfg-parallel" / (f"demo-{FORMAT_VERSION}" + ("" if _has_torchvision() else "-no-torchvision"))
 
 
 def is_complete(folder: Path) -> bool:
-    """True if every component that `folder/model_index.json` names is there. An interrupted build never looks complete, because
-    the folder is renamed into place; this catches files that were deleted later (a cache cleaner)."""
+    """True if every component that `folder/model_index.json` names is there. An interrupted build never looks
+    complete, because the folder is renamed into place; this catches files that were deleted later (a cache cleaner)."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,9 +94,9 @@ def ensure_demo_model(folder: Path | None = None) -> Path:
 def build_demo_model(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
     """Write a tiny `QwenImageEditPipeline` with random weights to `folder` with `save_pretrained`, and return `folder`.
 
-    The weights depend on `seed` alone; the global random state is left as it was. The files are written beside `folder`
-    and renamed, so that no reader sees half of them. Replaces a demo model that is there (complete or not); a folder with
-    anything else in it is refused.
+    The weights depend on `seed` alone; the global random state is left as it was. The files are written beside
+    `folder` and renamed, so that no reader sees half of them. Replaces a demo model that is there (complete or not);
+    a folder with anything else in it is refused.
     """
     import torch
     from diffusers import (
@@ -125,7 +126,7 @@ def build_demo_model(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
         vae = AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
         text_encoder = _text_encoder(tokenizer)
     _make_sensitive(transformer, vae)
-    pipe = QwenImageEditPipeline(
+    pipe: Any = QwenImageEditPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER_CONFIG),
         vae=vae,
         text_encoder=text_encoder,
@@ -149,10 +150,10 @@ def build_demo_model(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
     return target
 
 
-def _make_sensitive(transformer: QwenImageTransformer2DModel, vae: AutoencoderKLQwenImage) -> None:
-    """Make the pixels depend on the prompts. As PyTorch initialises it, 8400 image tokens drown 290 text tokens, the two
-    predictions differ by 4e-4 of their size and the decoder shows mostly its biases: 99.8 % of the pixels are the same with
-    and without guidance, so comparing two pictures would prove little. With this, 15 %.
+def _make_sensitive(transformer: Any, vae: Any) -> None:
+    """Make the pixels depend on the prompts. As PyTorch initialises it, 8400 image tokens drown 290 text tokens, the
+    two predictions differ by 4e-4 of their size and the decoder shows mostly its biases: 99.8 % of the pixels are
+    the same with and without guidance, so comparing two pictures would prove little. With this, 15 %.
     """
     import torch
 
@@ -183,10 +184,11 @@ def _tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE over all 256 bytes: every text round-trips, most words take a few tokens."""
     from transformers import AddedToken, Qwen2Tokenizer
 
+    merges: Any = list(_MERGES)  # annotated as list[str], but it is given to tokenizers, which takes pairs
     symbols = [*sorted(_byte_symbols()), *("".join(pair) for pair in _MERGES)]
     tokenizer = Qwen2Tokenizer(
         vocab={symbol: index for index, symbol in enumerate(symbols)},
-        merges=list(_MERGES),
+        merges=merges,
         # Read by a processor that asks the tokenizer which token stands for an image; see _processor.
         extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
         model_max_length=8192,
@@ -205,7 +207,7 @@ def _byte_symbols() -> list[str]:
 def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL_TOKENS}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -245,9 +247,9 @@ def _has_torchvision() -> bool:
 def _processor(tokenizer: Qwen2Tokenizer) -> ProcessorMixin:
     """What turns the photograph and the prompt into the text encoder's input.
 
-    `Qwen2VLProcessor` holds a video processor, which transformers 5 has for torchvision only, so without torchvision it
-    can be neither made nor loaded. `PaddleOCRVLProcessor` is the same processor for images alone: it, too, puts one image
-    token for each 2x2 group of patches. diffusers says on loading that it expected the other class.
+    `Qwen2VLProcessor` holds a video processor, which transformers 5 has for torchvision only, so without torchvision
+    it can be neither made nor loaded. `PaddleOCRVLProcessor` is the same processor for images alone: it, too, puts
+    one image token for each 2x2 group of patches. diffusers says on loading that it expected the other class.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

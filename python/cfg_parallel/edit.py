@@ -17,8 +17,8 @@ from cfg_parallel.preflight import (
     call_arguments,
     choose_devices,
     fetch_model_index,
-    first_line,
     find_pipeline_class,
+    first_line,
     read_model_index,
 )
 
@@ -45,7 +45,7 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
     index = read_model_index(args.model)
 
     # From here on torch and diffusers are needed (seconds to import); the weights are loaded last.
-    devices = choose_devices(args.cfg_parallel_size, args.devices)
+    devices = choose_devices(args.cfg_parallel_size, args.devices, args.transport)
     if index is None:
         index = fetch_model_index(args.model)
     call = call_arguments(find_pipeline_class(args.model, index), args, images)
@@ -53,18 +53,18 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         _share_cpu_threads(devices)
     pipe = _load(args.model, args.dtype, devices[0], quiet=quiet_load)
 
-    one = None
-    if len(devices) == 1 or args.compare:
-        print(f"one device: {devices[0]}", flush=True)
-        one = _generate(pipe, call, args, devices[0])
     if len(devices) == 1:
-        assert one is not None
-        _save(one, args.output)
-        print(one.line("one device", devices[0]))
+        run = _generate(pipe, call, args, devices[0])
+        _save(run, args.output)
+        print(run.line("one device", devices[0]))
         return 0
 
     from cfg_parallel import enable_cfg_parallel
 
+    one = None
+    if args.compare:
+        print(f"one device: {devices[0]}", flush=True)
+        one = _generate(pipe, call, args, devices[0])
     print(f"cfg-parallel: {','.join(devices)}", flush=True)
     start = time.perf_counter()
     with enable_cfg_parallel(pipe, cfg_parallel_size=len(devices), devices=devices, transport=args.transport) as handle:
@@ -91,18 +91,19 @@ def _share_cpu_threads(devices: list[str]) -> None:
 def _load(model: str, dtype: str, device: str, *, quiet: bool) -> Any:
     import diffusers
     import torch
-    import transformers
+    from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     # `torch_dtype` warns from diffusers 0.42 on; `dtype` is ignored before.
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
     key = "dtype" if version >= (0, 42) else "torch_dtype"
-    levels = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     if quiet:
-        diffusers.logging.set_verbosity_error()
-        transformers.logging.set_verbosity_error()
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{key: getattr(torch, dtype)})
         return pipe.to(device)
@@ -115,8 +116,8 @@ def _load(model: str, dtype: str, device: str, *, quiet: bool) -> Any:
             f"{model} cannot be loaded ({first_line(error)}): check or download it again."
         ) from error
     finally:
-        diffusers.logging.set_verbosity(levels[0])
-        transformers.logging.set_verbosity(levels[1])
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
 
 
 @dataclass(frozen=True)
@@ -181,19 +182,22 @@ def _stopwatch(pipe: Any, device: str) -> Iterator[_Clock]:
 
     clock = _Clock()
     progress_bar = pipe.progress_bar
-    vae = getattr(pipe, "vae", None)
-    decode = getattr(vae, "decode", None)
+    vae: Any = getattr(pipe, "vae", None)
+    decode: Any = getattr(vae, "decode", None)
 
     def timed_progress_bar(*args: Any, **kwargs: Any) -> Any:
         bar = progress_bar(*args, **kwargs)
         close = bar.close
 
         def timed_close() -> None:
+            bar.close = close  # tqdm closes again when it is collected
             close()
-            clock.steps, clock.denoised = bar.n, now()
+            clock.steps += bar.n
+            clock.denoised = now()
 
         bar.close = timed_close
-        clock.begun = now()
+        if not clock.steps:
+            clock.begun = now()
         return bar
 
     def timed_decode(latents: Any, *args: Any, **kwargs: Any) -> Any:
@@ -236,8 +240,8 @@ def _compare(one: _Run, many: _Run, devices: list[str]) -> int:
     )
     if devices[0] == "cpu":
         print(
-            f"              {torch.get_num_threads()} CPU thread(s) a process in both runs, because equal bits need equal "
-            "threads; so one device leaves cores idle, and this speed-up compares equal threads a process, not equal cores"
+            f"              {torch.get_num_threads()} CPU thread(s) a process in both runs, because equal bits need "
+            "equal threads; so one device leaves cores idle, and this speed-up compares equal threads, not equal cores"
         )
     left, right = (np.stack([np.asarray(image) for image in run.images]) for run in (one, many))
     if np.array_equal(left, right):
@@ -248,7 +252,7 @@ def _compare(one: _Run, many: _Run, devices: list[str]) -> int:
         return 1
     error = np.abs(left.astype(np.int16) - right.astype(np.int16))
     print(
-        f"pictures      DIFFERENT: {np.count_nonzero(error)} of {error.size} values, by at most {error.max()} of 255. A "
-        "pipeline that runs both passes as one batch is only close: other batch sizes use other kernels"
+        f"pictures      DIFFERENT: {np.count_nonzero(error)} of {error.size} values, by at most {error.max()} of 255. "
+        "A pipeline that runs both passes as one batch is only close: other batch sizes use other kernels"
     )
     return 1

@@ -200,7 +200,8 @@ class CfgParallel(_Patch):
             self._generation = self._leader.end()
             for denoiser in self._denoisers.values():
                 self._shipped[denoiser.name] = fingerprint(denoiser.module)
-            if self._spmd:
+            if self._spmd:  # the other ranks answer only until they have the output
+                self._report = self._make_report(self._generation)
                 for remote in self._leader.remotes:
                     remote.send_output(output, failure)
         dead = [remote for remote in self._leader.remotes if remote.died]
@@ -215,7 +216,9 @@ class CfgParallel(_Patch):
     def _refresh(self) -> None:
         """Before a generation: a lost follower is replaced, and a denoiser that has changed is shipped again."""
         for i, remote in enumerate(self._leader.remotes):
-            if remote.lost is not None and not self._spmd:
+            lost = remote.check()
+            if lost is not None and not self._spmd:
+                warnings.warn(f"{lost} A new one is started.", stacklevel=5)
                 remote.close()
                 fresh = RemoteFollower.start(self.devices[0], remote.device, self._timeout)
                 self._leader.remotes[i] = fresh
@@ -254,7 +257,7 @@ class CfgParallel(_Patch):
             return start.elapsed_time(end) if on_gpu else (end - start) * 1e3
 
         forwards = [elapsed(*marks) for marks in generation.forwards]
-        statistics = [remote.statistics() for remote in remotes if remote.lost is None]
+        statistics = [remote.statistics() for remote in remotes if remote.check() is None]
         remote_forwards = [ms for each in statistics for ms in each["forward_ms"]]
         waits = sum(elapsed(*marks) for remote in remotes for marks in remote.sent.gpu_waits)
         launch_waits = sum(remote.sent.wait_ms for remote in remotes)
@@ -274,6 +277,7 @@ class CfgParallel(_Patch):
             ship_ms=sum(remote.sent.ship_ms for remote in remotes),
             launch_wait_ms=launch_waits,
             leader_wait_ms=waits if on_gpu else launch_waits,
+            follower_wait_ms=sum(each["wait_ms"] for each in statistics),
             leader_forward_ms=median(forwards),
             follower_forward_ms=median(remote_forwards),
             leader_busy_ms=sum(forwards),
@@ -305,7 +309,7 @@ class CfgParallel(_Patch):
                     if getattr(type(pipe.__dict__.get(name)), "_cfg_parallel_denoiser", None) is denoiser:
                         pipe.__dict__[name] = denoiser.module
             if self._generation is not None and self._report is None:
-                with contextlib.suppress(RuntimeError):  # a follower lost meanwhile; the rest of the report stands
+                with contextlib.suppress(FollowerLostError):  # then there is nothing to report on
                     self._report = self._make_report(self._generation)
             self._close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -16,7 +17,7 @@ import torch
 
 from cfg_parallel import numerics
 from cfg_parallel.codec import decode, encode_plain
-from cfg_parallel.errors import CfgParallelError
+from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.link import Link
 from cfg_parallel.replica import receive_replica
 from cfg_parallel.transports.nccl import NcclTransport
@@ -59,8 +60,10 @@ class Follower:
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._link.send({"kind": "hello", "torch": torch.__version__, "gpu": gpu})
 
-    def _on_settings(self, header: dict[str, Any]) -> None:
-        numerics.apply(header["numerics"])
+    def _on_begin(self, header: dict[str, Any]) -> None:
+        if header["numerics"] is not None:
+            numerics.apply(header["numerics"])
+        self._timings.clear()
 
     def _on_transport(self, header: dict[str, Any]) -> None:
         transport = NcclTransport.connect(header["ids"], 1, self._link.device, header["timeout"])
@@ -103,14 +106,18 @@ class Follower:
         self._link.send({"kind": "done", "body": body}, results)  # type: ignore[arg-type]
 
     def _on_statistics(self, header: dict[str, Any]) -> None:
-        """Milliseconds of the forwards since the last time, and the device memory held at most, in bytes."""
+        """Of the last generation: milliseconds of each forward and between them, and the most device memory in bytes."""
         on_gpu = self._link.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self._link.device)
-        forwards = [a.elapsed_time(b) if on_gpu else (b - a) * 1e3 for a, b in self._timings]
-        self._timings.clear()
+
+        def elapsed(start: Any, end: Any) -> float:
+            return start.elapsed_time(end) if on_gpu else (end - start) * 1e3
+
+        forwards = [elapsed(*marks) for marks in self._timings]
+        gaps = [elapsed(before[1], after[0]) for before, after in itertools.pairwise(self._timings)]
         peak = torch.cuda.max_memory_allocated(self._link.device) if on_gpu else None
-        self._link.send({"kind": "statistics", "forward_ms": forwards, "peak_bytes": peak})
+        self._link.send({"kind": "statistics", "forward_ms": forwards, "wait_ms": sum(gaps), "peak_bytes": peak})
 
     def _mark(self) -> Any:
         if self._link.device.type != "cuda":
@@ -139,9 +146,16 @@ def main() -> None:
         torch.cuda.set_device(device)
     link = Link(Connection(options.fd), device)
     follower = Follower(link)
-    follower.greet()
-    follower.serve()
-    link.close()
+    try:
+        follower.greet()
+        follower.serve()
+    except FollowerLostError:
+        os._exit(1)  # the leader is gone
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)  # PyTorch's teardown takes seconds and there is nothing to save
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in `path` as 8-bit RGB, upright (EXIF orientation applied). Transparent parts become white, more than 8
-    bits a channel are scaled to 8, and an animation gives its first frame. Raises `ConfigurationError` for a file that is
-    missing, is no picture or is damaged."""
+    """The picture in `path` as 8-bit RGB, upright (EXIF orientation applied). Transparent parts become white, more
+    than 8 bits a channel are scaled to 8, and an animation gives its first frame. Raises `ConfigurationError` for a
+    file that is missing, is no picture or is damaged."""
     path = Path(path)
     if not path.exists():
         raise ConfigurationError(f"there is no image {path}: check the path given to --image.")
@@ -60,8 +60,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(pixels: np.ndarray, mode: str) -> np.ndarray:
-    """Grey values of 16 bits, 32 bits or floating point as 8 bits. Pillow's own convert() clips them, which turns nearly
-    every 16-bit picture white. Modes `I` and `F` carry no range, so the smallest usual one that holds them is taken."""
+    """Grey values of 16 bits, 32 bits or floating point as 8 bits. Pillow's own convert() clips them, which turns
+    nearly every 16-bit picture white. Modes `I` and `F` carry no range, so the smallest usual one that holds them is
+    taken."""
     low, high = float(pixels.min()), float(pixels.max())
     ranges = {"F": (1.0, 255.0), "I": (255.0, 65535.0, 2.0**31 - 1)}.get(mode, (65535.0,))
     top = next((top for top in ranges if low >= 0 and high <= top), None)  # None for NaN, too

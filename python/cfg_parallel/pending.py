@@ -196,6 +196,9 @@ class PendingPrediction(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(settle(self))
 
+    def __format__(self, spec: str) -> str:
+        return format(settle(self), spec)
+
     @property
     def is_settled(self) -> bool:
         return self._node.values is not None
@@ -257,6 +260,7 @@ def _unwrap(obj: Any) -> Any:
     return obj
 
 
+@torch.no_grad()  # autograd has seen the op when it was recorded, on the pending prediction itself
 def _replay(node: Node) -> None:
     """Run what `node` needs, oldest first. Iterative: a recording can be deeper than Python's stack."""
     stack = [node]
@@ -283,7 +287,7 @@ def _replay(node: Node) -> None:
             out = top.op(*_unwrap(top.args), **_unwrap(top.kwargs))
             values = list(out) if isinstance(out, (tuple, list)) else [out]
         top.values = values
-        top.args, top.kwargs, top.versions, top.force = (), {}, (), None  # let go of what led here
+        top.args, top.kwargs, top.versions, top.force, top.leaf = (), {}, (), None, None  # let go of what led here
         _unsettled.discard(top)
         stack.pop()
 
@@ -295,6 +299,10 @@ def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _replay(node)
     pendings = list(_pendings((args, kwargs)))
     out = func(*_unwrap(args), **_unwrap(kwargs))
+    writes = [(i, s.name) for i, s in enumerate(func._schema.arguments) if s.alias_info and s.alias_info.is_write]
+    for value in map(settle, _pendings([args[i] if i < len(args) else kwargs.get(name) for i, name in writes])):
+        if not value.is_inference():
+            torch.autograd.graph.increment_version(value)  # below autograd, where this runs, no op counts versions
     for pending in pendings:
         value = settle(pending)
         if value.shape != pending.shape or value.stride() != pending.stride():
@@ -376,7 +384,7 @@ def _follow_rows(node: Node, func: Any, args: Any, specs: Any, waiting: list[Pen
     """Note on a call's node into how many equal parts its rows are taken apart: that tells a batch of CFG branches."""
     parent = waiting[0]._node
     leaf = parent.leaf
-    if leaf is None or args[0] is not waiting[0]:
+    if leaf is None or args[0] is not waiting[0] or not specs:
         return
     shape = specs[0][0]
     if func in _ROW_SPLITS and waiting[0].dim() and shape != waiting[0].shape:

@@ -1,5 +1,6 @@
-"""What `cfg-parallel edit` can know before any weight is loaded: is there a model, which pipeline is it, does it take these
-arguments, are there such devices. Each function raises `ConfigurationError`, whose message is one line that names the fix."""
+"""What `cfg-parallel edit` can know before any weight is loaded: is there a model, which pipeline is it, does it
+take these arguments, are there such devices. Each function raises `ConfigurationError`, whose message is one line
+that names the fix."""
 
 from __future__ import annotations
 
@@ -152,7 +153,7 @@ def call_arguments(pipeline_class: type, args: argparse.Namespace, images: list[
         for key, parameter in parameters.items()
         if key not in call
         and key != "self"
-        and (key == "mask_image" or parameter.default is parameter.empty)
+        and (key in ("mask_image", "control_image") or parameter.default is parameter.empty)
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if needed:
@@ -162,20 +163,36 @@ def call_arguments(pipeline_class: type, args: argparse.Namespace, images: list[
     return call
 
 
-def choose_devices(size: int, devices: list[str] | None) -> list[str]:
-    """The devices asked for, after a check that they exist; else one GPU a branch; else, without a GPU, CPU processes."""
+def choose_devices(size: int, devices: list[str] | None, transport: str) -> list[str]:
+    """The devices asked for, after a check that they exist; else one GPU a branch; else, without a GPU, CPU
+    processes."""
+    import torch
+
+    from cfg_parallel.transports import resolve
+
+    chosen = _gpus_or_cpus(size) if devices is None else _existing(devices)
+    resolve(transport, [torch.device(device) for device in chosen])
+    return chosen
+
+
+def _gpus_or_cpus(size: int) -> list[str]:
     import torch
 
     gpus = torch.cuda.device_count()
-    if devices is None:
-        if gpus == 0:
-            return ["cpu"] * size
-        if gpus < size:
-            raise ConfigurationError(
-                f"cfg_parallel_size={size} needs {size} GPUs and {gpus} is visible: use --cfg-parallel-size {gpus}, "
-                f"make more visible, or use CPU processes with --devices {','.join(['cpu'] * size)}."
-            )
-        return [f"cuda:{gpu}" for gpu in range(size)]
+    if gpus == 0:
+        return ["cpu"] * size
+    if gpus < size:
+        raise ConfigurationError(
+            f"--cfg-parallel-size {size} needs {size} GPUs and {gpus} {'is' if gpus == 1 else 'are'} visible: use "
+            f"--cfg-parallel-size {gpus}, make more visible, or pass --devices {','.join(['cpu'] * size)}."
+        )
+    return [f"cuda:{gpu}" for gpu in range(size)]
+
+
+def _existing(devices: list[str]) -> list[str]:
+    import torch
+
+    gpus = torch.cuda.device_count()
     devices = ["cuda:0" if device == "cuda" else device for device in devices]
     for device in devices:
         if device != "cpu" and int(device.removeprefix("cuda:")) >= gpus:

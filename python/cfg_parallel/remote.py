@@ -130,15 +130,23 @@ class RemoteFollower:
             threading.Thread(target=self._abort_when_dead, name="cfg-parallel-watch", daemon=True).start()
 
     def ship_denoiser(self, name: str, module: torch.nn.Module) -> None:
-        self._sync_settings()
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         with self._watch():
             send_replica(self.link, name, module, self._timeout)
 
+    def check(self) -> str | None:
+        """Why the follower is lost, or None. Notices a process that ended while nobody was talking to it."""
+        if self.lost is None and not self._alive():
+            with contextlib.suppress(FollowerLostError), self._watch():
+                raise FollowerLostError("the process ended")
+        return self.lost
+
     def begin(self) -> None:
         """Before a generation: settings that the user may have changed."""
         self.sent = Sent()
-        self._sync_settings()
+        settings = numerics.capture()
+        self._send({"kind": "begin", "numerics": settings if settings != self._settings else None})
+        self._settings = settings
 
     def call(self, name: str, branch: int, args: Any, kwargs: Any, context: Any, autocast: Any) -> RemoteCall:
         """Ship one forward of denoiser `name`; returns at once. `branch` is its place in the step.
@@ -230,12 +238,6 @@ class RemoteFollower:
                 self.process.wait()
             self._stderr.close()
         self.link.close()
-
-    def _sync_settings(self) -> None:
-        settings = numerics.capture()
-        if settings != self._settings:
-            self._send({"kind": "settings", "numerics": settings})
-            self._settings = settings
 
     def _send(self, header: dict[str, Any]) -> None:
         with self._watch():

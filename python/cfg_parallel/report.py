@@ -11,8 +11,9 @@ from typing import Any
 class Report:
     """Times are in milliseconds unless a name says seconds, sizes in bytes.
 
-    `leader_wait_ms` is the time in which the leader's device had nothing to do but wait for the follower's predictions,
-    `follower_wait_ms` the time in which a follower's device waited for calls, over all steps after the first call."""
+    `leader_wait_ms` is the time in which the leader's device had nothing to do but wait for the followers' predictions,
+    `follower_wait_ms` the time between a follower's forwards, `launch_wait_ms` the time in which the leader's host waited
+    for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards."""
 
     devices: list[str]
     transport: str
@@ -28,6 +29,7 @@ class Report:
     ship_ms: float = 0.0
     launch_wait_ms: float = 0.0
     leader_wait_ms: float = 0.0
+    follower_wait_ms: float = 0.0
     leader_forward_ms: float | None = None
     follower_forward_ms: float | None = None
     leader_busy_ms: float = 0.0
@@ -36,10 +38,6 @@ class Report:
     guidance: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
-
-    @property
-    def follower_wait_ms(self) -> float:
-        return max(0.0, self.seconds * 1e3 - self.follower_busy_ms)
 
     @property
     def why(self) -> str:
@@ -81,7 +79,7 @@ class Report:
         return hint
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"follower_wait_ms": self.follower_wait_ms, "why": self.why}
+        return asdict(self) | {"why": self.why}
 
     def __str__(self) -> str:
         rows = [

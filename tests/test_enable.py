@@ -1,0 +1,284 @@
+"""What enabling changes, what it refuses, and that disabling leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cfg_parallel
+import diffusers
+import psutil
+import pytest
+import torch
+from cfg_parallel import ConfigurationError, disable_cfg_parallel, enable_cfg_parallel
+from cfg_parallel.remote import RemoteFollower
+from tiny import TINY, generate
+
+QWEN = TINY["qwen_image"]
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return QWEN.build()
+
+
+@pytest.fixture
+def pipe() -> Iterator[Any]:
+    pipe = QWEN.build()
+    yield pipe
+    disable_cfg_parallel(pipe)
+
+
+def followers(handle: cfg_parallel.CfgParallel) -> list[psutil.Process]:
+    return [psutil.Process(r.process.pid) for r in handle._leader.remotes if r.process is not None]
+
+
+def test_disable_leaves_nothing_behind(pipe: Any, plain: Any) -> None:
+    generate(pipe, QWEN.inputs())  # sets attributes of its own
+    before = (type(pipe), pipe.transformer, type(pipe.transformer), set(pipe.__dict__), set(pipe.transformer.__dict__))
+    fds = psutil.Process().num_fds()
+    handle = enable_cfg_parallel(pipe)
+    (process,) = followers(handle)
+    assert process.is_running()
+    generate(pipe, QWEN.inputs())
+    disable_cfg_parallel(pipe)
+    assert not process.is_running()
+    assert psutil.Process().num_fds() == fds
+    after = (type(pipe), pipe.transformer, type(pipe.transformer), set(pipe.__dict__), set(pipe.transformer.__dict__))
+    assert after[0] is before[0] and after[1] is before[1] and after[2] is before[2]
+    assert after[3:] == before[3:]
+    assert handle.report.steps == 3  # the report outlives the followers
+    disable_cfg_parallel(pipe)
+    assert torch.equal(generate(pipe, QWEN.inputs()), generate(plain, QWEN.inputs()))
+
+
+def test_context_manager_and_shared_denoiser(pipe: Any, plain: Any) -> None:
+    """Another pipeline object that holds the same denoiser is not touched."""
+    other = diffusers.QwenImagePipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    expected = generate(plain, QWEN.inputs())
+    with enable_cfg_parallel(pipe) as handle:
+        assert type(other.transformer) is type(plain.transformer)
+        assert torch.equal(generate(other, QWEN.inputs()), expected)
+        with pytest.raises(ConfigurationError, match="no report"):
+            _ = handle.report
+        assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+        (process,) = followers(handle)
+        assert isinstance(pipe, diffusers.QwenImagePipeline)
+        assert isinstance(pipe.transformer, diffusers.QwenImageTransformer2DModel)
+        assert type(pipe).__name__ == "QwenImagePipeline"
+    assert not process.is_running()
+    assert type(pipe) is diffusers.QwenImagePipeline
+
+
+def test_what_users_do_with_an_enabled_pipeline(pipe: Any, tmp_path: Path) -> None:
+    with enable_cfg_parallel(pipe):
+        pipe.transformer.a_user_attribute = 1
+        assert type(copy.deepcopy(pipe.transformer)) is diffusers.QwenImageTransformer2DModel
+        pipe.transformer.save_pretrained(tmp_path)
+        again = diffusers.QwenImageTransformer2DModel.from_pretrained(tmp_path)
+        assert torch.equal(next(again.parameters()), next(pipe.transformer.parameters()))
+        # Calling the denoiser by hand, outside pipe(...), gives plain tensors.
+        hidden = torch.randn(1, 4, pipe.transformer.config.in_channels)
+        text = torch.randn(1, 5, pipe.transformer.config.joint_attention_dim)
+        with torch.no_grad():
+            out = pipe.transformer(
+                hidden_states=hidden,
+                timestep=torch.ones(1),
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.long),
+                img_shapes=[[(1, 2, 2)]],
+                return_dict=False,
+            )[0]
+        assert type(out) is torch.Tensor
+    assert pipe.transformer.a_user_attribute == 1
+
+
+def test_changed_weights_reach_the_follower(pipe: Any, plain: Any) -> None:
+    changed = QWEN.build()
+    with enable_cfg_parallel(pipe):
+        first = generate(pipe, QWEN.inputs())
+        for each in (pipe, changed):
+            with torch.no_grad():
+                each.transformer.img_in.weight.mul_(1.5)
+        second = generate(pipe, QWEN.inputs())
+        assert torch.equal(second, generate(changed, QWEN.inputs()))
+        assert not torch.equal(first, second)
+        pipe.transformer = plain.transformer  # another denoiser altogether
+        assert torch.equal(generate(pipe, QWEN.inputs()), first)
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_killed_follower(pipe: Any, plain: Any, when: str) -> None:
+    expected = generate(plain, QWEN.inputs())
+    handle = enable_cfg_parallel(pipe)
+    (process,) = followers(handle)
+
+    def kill(*args: Any) -> dict[str, Any]:
+        if process.is_running():
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(5)
+        return {}
+
+    if when == "before":
+        generate(pipe, QWEN.inputs())
+        kill()
+    with pytest.warns(UserWarning, match=r"was lost.*A new one is started" if when == "before" else "was lost"):
+        got = generate(pipe, QWEN.inputs(callback_on_step_end=kill) if when == "during" else QWEN.inputs())
+    assert torch.equal(got, expected)
+    assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+    assert handle.report.parallel_steps == 3  # a new follower took over
+    assert followers(handle)[0].pid != process.pid
+
+
+def test_error_on_the_follower_is_recomputed_here(
+    pipe: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with enable_cfg_parallel(pipe) as handle:
+        handle._leader.remotes[0].ship_denoiser("transformer", torch.nn.Linear(1, 1))  # a replica that cannot work
+        with pytest.warns(UserWarning, match="run again on cpu"):
+            got = generate(pipe, QWEN.inputs())
+        assert torch.equal(got, generate(plain, QWEN.inputs()))
+
+
+def test_threads_are_serialized(pipe: Any, plain: Any) -> None:
+    results: dict[int, torch.Tensor] = {}
+    with enable_cfg_parallel(pipe):
+
+        def work(seed: int) -> None:
+            results[seed] = pipe(**QWEN.inputs(seed), return_dict=False)[0]
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    for seed in range(3):
+        assert torch.equal(results[seed], generate(plain, QWEN.inputs(seed), seed))
+
+
+def test_garbage_collected_pipeline_ends_its_follower() -> None:
+    pipe = QWEN.build()
+    process = followers(enable_cfg_parallel(pipe))[0]
+    generate(pipe, QWEN.inputs())
+    del pipe
+    import gc
+
+    gc.collect()
+    assert not process.is_running()
+
+
+def test_more_devices_than_branches(plain: Any) -> None:
+    """Three processes for two branches, and three for InstructPix2Pix's three."""
+    for name in ("qwen_image", "instruct_pix2pix"):
+        from reference import reference
+
+        tiny = TINY[name]
+        pipe, one = tiny.build(), tiny.build()
+        with enable_cfg_parallel(pipe, cfg_parallel_size=3, devices=["cpu"] * 3) as handle:
+            assert torch.equal(generate(pipe, tiny.inputs()), reference(tiny, one, tiny.inputs()))
+            assert handle.report.parallel_steps == handle.report.steps
+
+
+def test_size_one_changes_nothing(pipe: Any, plain: Any) -> None:
+    with enable_cfg_parallel(pipe, cfg_parallel_size=1) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(generate(pipe, QWEN.inputs()), generate(plain, QWEN.inputs()))
+        assert handle.report.calls_local == 6
+        assert handle.report.calls_shipped == 0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"cfg_parallel_size": 0}, "at least 1"),
+        ({"cfg_parallel_size": 2.0}, "integer"),
+        ({"cfg_parallel_size": True}, "integer"),
+        ({"devices": ["cpu"]}, "needs 2 devices, but 1 were given"),
+        ({"cfg_parallel_size": 3, "devices": ["cpu", "cpu"]}, "needs 3 devices"),
+        ({"devices": ["cpu", "gpu7"]}, "Unknown device 'gpu7'"),
+        ({"devices": ["cpu", "mps"]}, "Unsupported device 'mps'"),
+        ({"devices": ["cpu", "cuda:9"]}, "no device cuda:9"),
+        ({"transport": "carrier-pigeon"}, "Expected transport to be one of"),
+        ({"transport": "peer"}, "not part of this version"),
+        ({"transport": "nccl"}, "needs GPUs"),
+    ],
+)
+def test_misuse_names_the_fix(
+    pipe: Any, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemoteFollower, "start", _no_process)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        enable_cfg_parallel(pipe, **kwargs)
+    assert "\n" not in str(caught.value)
+    assert type(pipe) is diffusers.QwenImagePipeline
+
+
+def _no_process(*args: Any) -> RemoteFollower:
+    raise AssertionError("bad arguments must be refused before a process is started")
+
+
+def test_one_gpu_visible(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cfg_parallel import enable
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigurationError, match="needs 2 GPUs, but 1 is visible; check CUDA_VISIBLE_DEVICES"):
+        enable._choose_devices(torch.device("cuda", 0), 2, None, None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigurationError, match="same GPU is named twice"):
+        enable._choose_devices(torch.device("cuda", 0), 2, ["cuda:0", "cuda:0"], None)
+    with pytest.raises(ConfigurationError, match="first device to be the pipeline's own"):
+        enable._choose_devices(torch.device("cuda", 0), 2, ["cuda:1", "cuda:0"], None)
+    with pytest.raises(ConfigurationError, match="GPUs only or CPUs only"):
+        enable._choose_devices(torch.device("cuda", 0), 2, ["cuda:0", "cpu"], None)
+    assert enable._choose_devices(torch.device("cuda", 1), 2, None, None) == [
+        torch.device("cuda", 1),
+        torch.device("cuda", 0),
+    ]
+
+
+def test_enabling_twice(pipe: Any) -> None:
+    with enable_cfg_parallel(pipe), pytest.raises(ConfigurationError, match="enabled already"):
+        enable_cfg_parallel(pipe)
+
+
+def test_not_a_pipeline_and_no_denoiser(pipe: Any) -> None:
+    with pytest.raises(ConfigurationError, match="Expected a diffusers pipeline, but got str"):
+        enable_cfg_parallel("Qwen/Qwen-Image")
+
+    class NoDenoiser:
+        components = {"vae": pipe.vae, "text_encoder": None}
+
+    with pytest.raises(ConfigurationError, match="has no denoiser"):
+        enable_cfg_parallel(NoDenoiser())
+
+
+def test_offloaded_denoiser(pipe: Any) -> None:
+    pipe.transformer.to("meta")
+    with pytest.raises(ConfigurationError, match="enable_sequential_cpu_offload"):
+        enable_cfg_parallel(pipe)
+    other = QWEN.build()
+    other._all_hooks = [object()]  # what enable_model_cpu_offload leaves
+    with pytest.raises(ConfigurationError, match="enable_model_cpu_offload"):
+        enable_cfg_parallel(other)
+
+
+def test_a_follower_that_cannot_start(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    children = len(psutil.Process().children())
+    with pytest.raises(cfg_parallel.FollowerLostError, match="did not start"):
+        enable_cfg_parallel(pipe)
+    assert type(pipe) is diffusers.QwenImagePipeline
+    assert len(psutil.Process().children()) == children
+
+
+def test_disabled_pipeline_has_no_report(pipe: Any) -> None:
+    with pytest.raises(ConfigurationError, match="not enabled"):
+        cfg_parallel.last_report(pipe)

@@ -1,0 +1,72 @@
+"""Two GPUs give what one GPU gives, bit for bit, over each transport."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import cfg_parallel
+import pytest
+import torch
+from reference import reference
+from tiny import TINY, generate
+
+pytestmark = [pytest.mark.gpu(count=2), pytest.mark.timeout(240)]
+
+
+_CASES = [(name, torch.bfloat16, "nccl") for name in TINY]
+_CASES += [(name, torch.float32, "nccl") for name in ("qwen_image", "sdxl", "instruct_pix2pix")]
+_CASES += [(name, torch.bfloat16, "host") for name in ("qwen_image_edit", "sd15")]
+
+
+@pytest.mark.parametrize(("name", "dtype", "transport"), _CASES)
+def test_equals_one_gpu(name: str, dtype: torch.dtype, transport: str) -> None:
+    tiny = TINY[name]
+    plain = tiny.build().to("cuda:0", dtype)
+    enabled = tiny.build().to("cuda:0", dtype)
+    with cfg_parallel.enable_cfg_parallel(enabled, transport=transport, follower_timeout=60) as handle:
+        for seed in range(2):
+            got = generate(enabled, tiny.inputs(seed), seed)
+            assert torch.equal(got, reference(tiny, plain, tiny.inputs(seed), seed=seed))
+            report = handle.report
+            assert report.transport == transport
+            assert report.parallel_steps == report.steps >= 3
+
+
+def test_auto_takes_nccl() -> None:
+    pipe = TINY["qwen_image"].build().to("cuda")
+    with cfg_parallel.enable_cfg_parallel(pipe) as handle:
+        generate(pipe, TINY["qwen_image"].inputs())
+        assert handle.report.transport == "nccl"
+        assert handle.report.devices == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize("transport", ["nccl", "host"])
+def test_follower_killed_during_a_generation_is_no_hang(transport: str) -> None:
+    tiny = TINY["qwen_image"]
+    plain, enabled = tiny.build().to("cuda"), tiny.build().to("cuda")
+    expected = generate(plain, tiny.inputs())
+    with cfg_parallel.enable_cfg_parallel(enabled, transport=transport, follower_timeout=20) as handle:
+        generate(enabled, tiny.inputs())
+        process = handle._leader.remotes[0].process
+        assert process is not None
+
+        def on_step(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if step == 1:
+                os.kill(process.pid, signal.SIGKILL)
+                time.sleep(0.5)
+            return {}
+
+        start = time.monotonic()
+        with pytest.warns(UserWarning, match="was lost"):
+            try:
+                got = generate(enabled, tiny.inputs(callback_on_step_end=on_step))
+            except cfg_parallel.FollowerLostError:
+                assert transport == "nccl"
+            else:
+                assert torch.equal(got, expected)
+        assert time.monotonic() - start < 30
+        assert torch.equal(generate(enabled, tiny.inputs()), expected)  # with a new follower
+        assert handle.report.calls_shipped > 0
