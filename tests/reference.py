@@ -7,6 +7,7 @@ from unittest import mock
 
 import diffusers
 import torch
+
 from tiny import Tiny, generate
 
 

@@ -44,6 +44,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         model = demo_model() if model is None else model
         images = [] if image is None else [f"--image={image}"]
         output = str(photo.parent / output)
+        capsys.readouterr()  # building the demo model, the first time, shows a progress bar
         assert main(["edit", f"--model={model}", *images, "--prompt=p", f"--output={output}", *extra]) == 2
         printed = capsys.readouterr()
         assert printed.out == ""

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cfg_parallel
 import diffusers
 import psutil
 import pytest
 import torch
+
+import cfg_parallel
 from cfg_parallel import ConfigurationError, disable_cfg_parallel, enable_cfg_parallel
 from cfg_parallel.remote import RemoteFollower
 from tiny import TINY, generate
@@ -138,9 +139,7 @@ def test_killed_follower(pipe: Any, plain: Any, when: str) -> None:
     assert followers(handle)[0].pid != process.pid
 
 
-def test_error_on_the_follower_is_recomputed_here(
-    pipe: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_on_the_follower_is_recomputed_here(pipe: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with enable_cfg_parallel(pipe) as handle:
         handle._leader.remotes[0].ship_denoiser("transformer", torch.nn.Linear(1, 1))  # a replica that cannot work
         with pytest.warns(UserWarning, match="run again on cpu"):
@@ -211,9 +210,7 @@ def test_size_one_changes_nothing(pipe: Any, plain: Any) -> None:
         ({"transport": "nccl"}, "needs GPUs"),
     ],
 )
-def test_misuse_names_the_fix(
-    pipe: Any, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_misuse_names_the_fix(pipe: Any, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RemoteFollower, "start", _no_process)
     with pytest.raises(ConfigurationError, match=message) as caught:
         enable_cfg_parallel(pipe, **kwargs)
@@ -282,3 +279,53 @@ def test_a_follower_that_cannot_start(pipe: Any, monkeypatch: pytest.MonkeyPatch
 def test_disabled_pipeline_has_no_report(pipe: Any) -> None:
     with pytest.raises(ConfigurationError, match="not enabled"):
         cfg_parallel.last_report(pipe)
+
+
+def test_pipeline_that_is_cast_or_moved(pipe: Any) -> None:
+    with enable_cfg_parallel(pipe):
+        generate(pipe, QWEN.inputs())
+        pipe.to(torch.bfloat16)
+        expected = generate(QWEN.build().to(torch.bfloat16), QWEN.inputs())
+        assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+        pipe.transformer.to("meta")
+        with pytest.raises(ConfigurationError, match="has moved from cpu to meta"):
+            generate(pipe, QWEN.inputs())
+
+
+def test_two_pipelines_at_once_in_two_threads() -> None:
+    pipes = [QWEN.build(), TINY["sd15"].build()]
+    tinies = [QWEN, TINY["sd15"]]
+    results: list[list[torch.Tensor]] = [[], []]
+    with enable_cfg_parallel(pipes[0]), enable_cfg_parallel(pipes[1]):
+        first = [pipe(**tiny.inputs(), return_dict=False)[0] for pipe, tiny in zip(pipes, tinies, strict=True)]
+
+        def work(i: int) -> None:
+            for _ in range(4):
+                results[i].append(pipes[i](**tinies[i].inputs(), return_dict=False)[0])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    for i in range(2):
+        assert len(results[i]) == 4
+        assert all(torch.equal(result, first[i]) for result in results[i])
+
+
+def test_interrupted_while_waiting_for_the_follower(pipe: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C half-way through a message must not let the next generation read the other half."""
+    from cfg_parallel.link import Link
+
+    with enable_cfg_parallel(pipe):
+        generate(pipe, QWEN.inputs())
+
+        def interrupt(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Link, "pull", interrupt)
+            generate(pipe, QWEN.inputs())
+        with pytest.warns(UserWarning, match="A new one is started"):
+            got = generate(pipe, QWEN.inputs())
+        assert torch.equal(got, generate(plain, QWEN.inputs()))

@@ -7,9 +7,10 @@ import signal
 import time
 from typing import Any
 
-import cfg_parallel
 import pytest
 import torch
+
+import cfg_parallel
 from reference import reference
 from tiny import TINY, generate
 

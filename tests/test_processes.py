@@ -133,5 +133,3 @@ def test_import_needs_nothing() -> None:
     code = "import cfg_parallel, cfg_parallel.cli, sys; print([m for m in ('torch', 'triton') if m in sys.modules])"
     result = run([sys.executable, "-c", code])
     assert result.stdout.strip() == "[]", result.stderr
-
-

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
 from reference import reference, run_branches_one_by_one
 from tiny import SCHEDULERS, STOCHASTIC_SCHEDULERS, TINY, Tiny, generate, with_scheduler
 

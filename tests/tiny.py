@@ -13,9 +13,10 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import tiny_models as models
 import torch
 from PIL import Image
+
+import tiny_models as models
 
 WEIGHTS_SEED = 0
 T5_LENGTH = {"max_sequence_length": 40}  # the T5 pipelines pad every prompt, to 256 or 512 tokens unless told

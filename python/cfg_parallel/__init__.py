@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cfg_parallel import guidance
-    from cfg_parallel.enable import CfgParallel, disable_cfg_parallel, enable_cfg_parallel, last_report
+    from cfg_parallel.enable import disable_cfg_parallel, enable_cfg_parallel, last_report
     from cfg_parallel.errors import CfgParallelError, ConfigurationError, ExtensionMissingError, FollowerLostError
+    from cfg_parallel.patch import CfgParallel
     from cfg_parallel.report import Report
 
 __version__ = "0.1.0"
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CfgParallel": "enable",
+    "CfgParallel": "patch",
     "disable_cfg_parallel": "enable",
     "enable_cfg_parallel": "enable",
     "last_report": "enable",

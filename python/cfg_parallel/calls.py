@@ -70,7 +70,7 @@ class Call:
         return next((_length(t) for t in tensors_in((self.args, self.kwargs)) if t.dim()), 0)
 
     def split(self, branches: int) -> list[Call]:
-        """The calls for each of `branches` equal groups of rows. A tensor with other rows than the main input stays whole."""
+        """The call of each of `branches` equal groups of rows. A tensor of other rows than the main input is whole."""
         rows = self.rows()
         size = rows // branches
 
@@ -92,6 +92,7 @@ def _length(tensor: torch.Tensor) -> int:
 def deal(branches: int, devices: int) -> tuple[int, list[int]]:
     """How many of a step's last calls the leader runs, and the follower (0-based) of each call before them.
 
-    The leader gets the smaller share: it also launches the scheduler and the guidance. (2, 2) -> 1, [0]; (3, 2) -> 1, [0, 0]."""
+    The leader gets the smaller share: it also launches the scheduler and the guidance.
+    (2, 2) -> 1, [0]; (3, 2) -> 1, [0, 0]; (4, 2) -> 2, [0, 0]."""
     own = max(1, branches // devices)
     return own, [branch % (devices - 1) for branch in range(branches - own)]

@@ -153,7 +153,8 @@ def _demo(args: argparse.Namespace) -> int:
     photo = demo.demo_photo()
     print(
         "This model is tiny and its weights are random: the picture will look like noise. What the demo shows is that "
-        "the real pipeline runs on two devices and gives the same picture as on one, element for element."
+        "the real pipeline runs on two devices and gives the same picture as on one, element for element.",
+        flush=True,
     )
     print(f"model: {demo.ensure_demo_model(folder)}")
     print(f"photograph: {photo}")

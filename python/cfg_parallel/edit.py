@@ -133,7 +133,7 @@ class _Run:
 
 
 def _generate(pipe: Any, call: dict[str, Any], args: argparse.Namespace, device: str) -> _Run:
-    """One picture and its times. On a GPU a short run goes first: a process's first kernels and memory cost seconds."""
+    """One picture and its times. To compare GPUs a short run goes first: first kernels and memory cost seconds."""
     import torch
 
     def generator() -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _generate(pipe: Any, call: dict[str, Any], args: argparse.Namespace, device:
         return {"generator": torch.Generator("cpu").manual_seed(args.seed)}  # the same numbers on every device
 
     try:
-        if device != "cpu":
+        if device != "cpu" and args.compare:
             pipe(**{**call, "num_inference_steps": min(_WARM_UP_STEPS, args.num_inference_steps)}, **generator())
         with _stopwatch(pipe, device) as clock:
             output = pipe(**call, **generator())

@@ -1,11 +1,9 @@
-"""`enable_cfg_parallel` and `disable_cfg_parallel`: puts the pieces together on one pipeline object, and takes them off."""
+"""`enable_cfg_parallel` and `disable_cfg_parallel`: put the pieces together on a pipeline object, and take them off."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,15 +14,23 @@ import torch
 from cfg_parallel import spmd
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
+from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.leader import Generation, Leader
+from cfg_parallel.patch import CfgParallel, denoiser_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.remote import RemoteFollower
 from cfg_parallel.replica import fingerprint
 from cfg_parallel.report import Report, median
 from cfg_parallel.transports import resolve
 
-_GUIDANCE_ARGUMENTS = ("true_cfg_scale", "guidance_scale", "guidance_scale_2", "image_guidance_scale", "negative_prompt")
+_GUIDANCE_ARGUMENTS = (
+    "true_cfg_scale",
+    "guidance_scale",
+    "guidance_scale_2",
+    "image_guidance_scale",
+    "negative_prompt",
+)
 
 
 def enable_cfg_parallel(
@@ -37,41 +43,42 @@ def enable_cfg_parallel(
 ) -> CfgParallel:
     """Run the guidance passes of `pipe` on `cfg_parallel_size` devices. `pipe(...)` then gives the same result, sooner.
 
-    The denoiser of this one pipeline object is replicated on the other devices by follower processes; nothing global is
-    changed. The result is bit-equal to one device for pipelines that call their denoiser once per guidance pass, and for
-    pipelines that batch the passes bit-equal to running the passes of the batch one after the other (docs/exactness.md).
+    The denoiser of this one pipeline object is replicated on the other devices by follower processes; nothing global
+    is changed. The result is bit-equal to one device for pipelines that call their denoiser once per guidance pass; for
+    pipelines that batch the passes it is bit-equal to running the batch's passes one after the other
+    (docs/exactness.md).
 
     Args:
         pipe: a diffusers pipeline on its device (`pipe.to("cuda")` first).
         cfg_parallel_size: how many devices share the passes of a step, at least 1; 1 changes nothing but gives reports.
-        devices: one device for each, the first being the pipeline's own; "cpu" may repeat (a process each). Default: the
-            pipeline's device and the next visible GPUs; for a pipeline on the CPU, as many CPU processes.
+        devices: one device for each, the first being the pipeline's own; "cpu" may repeat (a process each). Default:
+            the pipeline's device and the next visible GPUs; for a pipeline on the CPU, as many CPU processes.
         transport: "auto", "nccl" or "host" (shared memory). "auto" takes NCCL between GPUs.
         follower_timeout: seconds without an answer after which a follower is given up.
 
-    Returns a handle: `handle.report` tells what happened in the last generation; as a context manager it disables on exit.
-    Under `torchrun`, every rank calls this; rank 0 leads, and `pipe(...)` returns rank 0's output on every rank.
+    Returns a handle: `handle.report` tells what happened in the last generation; as a context manager it disables on
+    exit. Under `torchrun`, every rank calls this; rank 0 leads, and `pipe(...)` returns rank 0's output on every rank.
 
     Raises ConfigurationError, naming the fix, for arguments or pipelines that cannot work, and FollowerLostError when a
     follower does not start."""
     if getattr(type(pipe), "_cfg_parallel", None) is not None:
         raise ConfigurationError("This pipeline is enabled already; call disable_cfg_parallel(pipe) first.")
-    modules = _find_denoisers(pipe)
-    leader_device = _device_of(pipe, modules)
+    modules = find_denoisers(pipe)
+    leader_device = device_of(pipe, modules)
     rank = spmd.rank()
-    chosen = _choose_devices(leader_device, cfg_parallel_size, devices, rank)
+    chosen = choose_devices(leader_device, cfg_parallel_size, devices, rank)
     transport, reason = resolve(transport, chosen)
     remotes: list[RemoteFollower] = []
     try:
         if rank is not None:
             connected = spmd.connect(chosen, rank, follower_timeout)
             if isinstance(connected, spmd.ServingRank):
-                return ServingHandle(pipe, connected, modules)
+                return Serving(pipe, connected, modules)
             remotes = connected
         else:
             for device in chosen[1:]:
                 remotes.append(RemoteFollower.start(leader_device, device, follower_timeout))
-        handle = CfgParallel(pipe, modules, chosen, remotes, transport, reason, follower_timeout)
+        handle = Leading(pipe, modules, chosen, remotes, transport, reason, follower_timeout)
     except BaseException:
         for remote in remotes:
             remote.close()
@@ -94,40 +101,8 @@ def last_report(pipe: Any) -> Report:
     return handle.report
 
 
-class _Patch:
-    """Replaces the class of one pipeline object by a subclass with another `__call__`, and puts it back."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
-        self._class = type(pipe)
-        self._lock = threading.RLock()
-        pipe.__class__ = _subclass(type(pipe), {"__call__": self._wrap(type(pipe).__call__), "_cfg_parallel": self})
-
-    def _wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            with self._lock:
-                return self._generate(functools.partial(call, pipe), args, kwargs)
-
-        return __call__
-
-    def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-    def disable(self) -> None:
-        pipe = self._pipe()
-        if pipe is not None and type(pipe) is not self._class:
-            pipe.__class__ = self._class
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.disable()
-
-
-class CfgParallel(_Patch):
-    """What enable_cfg_parallel returns."""
+class Leading(CfgParallel):
+    """The pipeline that leads: it runs, and its followers answer its calls."""
 
     def __init__(
         self,
@@ -154,12 +129,12 @@ class CfgParallel(_Patch):
         try:
             self._bring_up(remotes)
         except BaseException:
-            self._close()
+            self._close.detach()  # the caller has the followers
             raise
         super().__init__(pipe)
         self._signature = inspect.signature(self._class.__call__)
         for name, denoiser in self._denoisers.items():
-            pipe.__dict__[name] = _view(denoiser, self._leader)
+            pipe.__dict__[name] = denoiser_view(denoiser, self._leader)
 
     def _bring_up(self, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
@@ -207,8 +182,8 @@ class CfgParallel(_Patch):
         dead = [remote for remote in self._leader.remotes if remote.died]
         if dead:
             raise FollowerLostError(
-                f"The follower on {dead[0].device} ended during the generation, after a prediction had been received from "
-                "it that may be incomplete, so the result was thrown away; call the pipeline again."
+                f"The follower on {dead[0].device} ended during the generation, and a prediction received from it just "
+                "before may be incomplete, so the result was thrown away; call the pipeline again."
             )
         self._warn_if_useless()
         return output
@@ -230,9 +205,15 @@ class CfgParallel(_Patch):
         pipe = self._pipe()
         for name, denoiser in self._denoisers.items():
             current = getattr(pipe, name)
+            device = next(current.parameters()).device
+            if device != self.devices[0]:
+                raise ConfigurationError(
+                    f"The pipeline has moved from {self.devices[0]} to {device} since it was enabled; call "
+                    "disable_cfg_parallel(pipe) and enable_cfg_parallel(pipe) again, or move it back."
+                )
             if getattr(type(current), "_cfg_parallel_denoiser", None) is not denoiser:
                 denoiser.module = current
-                pipe.__dict__[name] = _view(denoiser, self._leader)  # type: ignore[union-attr]
+                pipe.__dict__[name] = denoiser_view(denoiser, self._leader)  # type: ignore[union-attr]
                 self._ship(denoiser, self._leader.remotes)
             elif fingerprint(denoiser.module) != self._shipped[name]:
                 self._ship(denoiser, self._leader.remotes)
@@ -314,8 +295,8 @@ class CfgParallel(_Patch):
             self._close()
 
 
-class ServingHandle(_Patch):
-    """The same on a rank that serves the leader under torchrun: `pipe(...)` answers calls and returns rank 0's output."""
+class Serving(CfgParallel):
+    """On a rank that serves the leader under torchrun: `pipe(...)` answers its calls and returns rank 0's output."""
 
     def __init__(self, pipe: Any, serving: spmd.ServingRank, modules: dict[str, torch.nn.Module]) -> None:
         self._serving = serving
@@ -335,140 +316,9 @@ class ServingHandle(_Patch):
         self._close()
 
 
-def _subclass(cls: type, namespace: dict[str, Any]) -> type:
-    """A subclass that passes for `cls` by name, so that messages, saving and `from_pipe` are unaffected."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (cls,), names | namespace)
-
-
-def _view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
-    """The denoiser seen through another class: every attribute is shared with the module, but calling it dispatches.
-
-    So the module itself, which other pipelines may hold too, is not touched."""
-    module = denoiser.module
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return leader.dispatch(denoiser, args, kwargs)
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return module.__reduce_ex__(protocol)
-
-    namespace: dict[str, Any] = {
-        "__call__": __call__,
-        "__reduce_ex__": __reduce_ex__,
-        "_cfg_parallel_denoiser": denoiser,
-    }
-    if hasattr(type(module), "cache_context"):
-
-        @contextlib.contextmanager
-        def cache_context(self: Any, name: str, **kwargs: Any) -> Any:
-            outer = denoiser.context
-            denoiser.context = (name, kwargs)
-            try:
-                with module.cache_context(name, **kwargs):  # type: ignore[operator]
-                    yield
-            finally:
-                denoiser.context = outer
-
-        namespace["cache_context"] = cache_context
-    cls = _subclass(type(module), namespace)
-    view = cls.__new__(cls)
-    object.__setattr__(view, "__dict__", module.__dict__)
-    return view
-
-
-def _find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The components whose forward takes a timestep, ControlNets and VAEs left out."""
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise ConfigurationError(f"Expected a diffusers pipeline, but got {type(pipe).__name__}.")
-    denoisers: dict[str, torch.nn.Module] = {}
-    for name, module in components.items():
-        if not isinstance(module, torch.nn.Module) or any(word in name for word in ("controlnet", "vae", "vocoder")):
-            continue
-        parameters = inspect.signature(module.forward).parameters
-        if any(parameter.startswith("timestep") for parameter in parameters):
-            denoisers[name] = module
-    if not denoisers:
-        raise ConfigurationError(
-            f"{type(pipe).__name__} has no denoiser: none of its components ({', '.join(components)}) takes a timestep; "
-            "enable cfg-parallel on the pipeline that denoises."
-        )
-    return denoisers
-
-
-def _device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
-    devices = {tensor.device for module in modules.values() for tensor in module.parameters()}
-    if any(device.type == "meta" for device in devices) or getattr(pipe, "_is_sequentially_offloaded", False):
-        raise ConfigurationError(
-            "The denoiser's weights are offloaded one by one (enable_sequential_cpu_offload), so there is nothing to "
-            "replicate; load the pipeline without it and move it to a GPU with pipe.to('cuda')."
-        )
-    if getattr(pipe, "_all_hooks", None):
-        raise ConfigurationError(
-            "The pipeline moves its models between CPU and GPU (enable_model_cpu_offload), which cfg-parallel does not "
-            "support yet; use pipe.to('cuda')."
-        )
-    if len(devices) != 1:
-        raise ConfigurationError(
-            f"Expected the denoiser on one device, but it is on {sorted(map(str, devices))}; load it without device_map "
-            "and move it with pipe.to('cuda')."
-        )
-    device = devices.pop()
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigurationError(f"Expected the pipeline on cpu or cuda, but it is on {device}; move it with pipe.to('cuda').")
-    return device
-
-
-def _choose_devices(
-    leader: torch.device, size: int, devices: Sequence[str | torch.device] | None, rank: int | None
-) -> list[torch.device]:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ConfigurationError(f"Expected cfg_parallel_size to be an integer of at least 1, but got {size!r}.")
-    available = torch.cuda.device_count()
-    if devices is None:
-        if leader.type == "cpu":
-            return [leader] * size
-        if size > available:
-            raise ConfigurationError(
-                f"cfg_parallel_size={size} needs {size} GPUs, but {available} is visible; check CUDA_VISIBLE_DEVICES, or "
-                f"pass cfg_parallel_size={available}."
-            )
-        if rank is not None:
-            return [torch.device("cuda", i) for i in range(size)]
-        return [torch.device("cuda", ((leader.index or 0) + i) % available) for i in range(size)]
-    chosen = [_parse_device(device, available) for device in devices]
-    if len(chosen) != size:
-        raise ConfigurationError(
-            f"cfg_parallel_size={size} needs {size} devices, but {len(chosen)} were given ({', '.join(map(str, chosen))}); "
-            f"pass cfg_parallel_size={len(chosen)} or {size} devices."
-        )
-    gpus = [device for device in chosen if device.type == "cuda"]
-    if len(set(gpus)) != len(gpus):
-        raise ConfigurationError(f"The same GPU is named twice in {list(map(str, chosen))}; name a different one for each.")
-    if rank is None and chosen[0] != leader:
-        raise ConfigurationError(
-            f"Expected the first device to be the pipeline's own, {leader}, but got {chosen[0]}; call "
-            f"pipe.to('{chosen[0]}') first, or put '{leader}' first."
-        )
-    if len({device.type for device in chosen}) != 1:
-        raise ConfigurationError(f"Expected GPUs only or CPUs only, but got {', '.join(map(str, chosen))}.")
-    return chosen
-
-
-def _parse_device(device: str | torch.device, available: int) -> torch.device:
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(f"Unknown device {device!r}; use 'cuda:0', 'cuda:1', ... or 'cpu'.") from error
-    if parsed.type == "cpu":
-        return torch.device("cpu")
-    if parsed.type != "cuda":
-        raise ConfigurationError(f"Unsupported device {device!r}; use 'cuda:0', 'cuda:1', ... or 'cpu'.")
-    index = torch.cuda.current_device() if parsed.index is None and available else parsed.index or 0
-    if index >= available:
-        raise ConfigurationError(f"There is no device cuda:{index}: {available} GPUs are visible.")
-    return torch.device("cuda", index)
+def _close_all(remotes: list[RemoteFollower]) -> None:
+    for remote in remotes:
+        remote.close()
 
 
 def _check_same(hello: dict[str, Any], leader: torch.device) -> None:
@@ -476,12 +326,7 @@ def _check_same(hello: dict[str, Any], leader: torch.device) -> None:
         raise ConfigurationError(f"The leader runs torch {torch.__version__}, but a follower runs {hello['torch']}.")
     if leader.type == "cuda" and hello["gpu"] != torch.cuda.get_device_name(leader):
         warnings.warn(
-            f"The GPUs differ ({torch.cuda.get_device_name(leader)} and {hello['gpu']}), so predictions may differ in their "
-            "last bits from those of one GPU.",
+            f"The GPUs differ ({torch.cuda.get_device_name(leader)} and {hello['gpu']}), so predictions may differ in "
+            "their last bits from those of one GPU.",
             stacklevel=6,
         )
-
-
-def _close_all(remotes: list[RemoteFollower]) -> None:
-    for remote in remotes:
-        remote.close()

@@ -101,12 +101,14 @@ class Follower:
         self._timings.append((start, self._mark()))
         if versions != [tensor._version for tensor in tensors]:
             self._residents.pop(slot)
-            raise RuntimeError("the denoiser overwrote one of its arguments, which a copy on another device cannot show")
+            raise RuntimeError(
+                "the denoiser overwrote one of its arguments, which a copy on another device cannot show"
+            )
         body, results = encode_plain(output)
         self._link.send({"kind": "done", "body": body}, results)  # type: ignore[arg-type]
 
     def _on_statistics(self, header: dict[str, Any]) -> None:
-        """Of the last generation: milliseconds of each forward and between them, and the most device memory in bytes."""
+        """Of the last generation: milliseconds of each forward and between them; the peak of device memory in bytes."""
         on_gpu = self._link.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self._link.device)
@@ -135,7 +137,9 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A follower of cfg-parallel. Started by enable_cfg_parallel, not by hand.")
+    parser = argparse.ArgumentParser(
+        description="A follower of cfg-parallel. Started by enable_cfg_parallel, not by hand."
+    )
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the leader")
     parser.add_argument("--parent", type=int, required=True, help="the leader's process id")
     parser.add_argument("--device", required=True)

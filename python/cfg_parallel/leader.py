@@ -1,8 +1,8 @@
 """Where each denoiser call of a generation runs.
 
 Every call returns pending predictions, so what the pipeline does next tells what the call was:
-  another call that does not depend on it   a second branch of the same step: shipped from the next step on, first call first
-  its rows are taken apart (`chunk(2)`)     a batch of branches: split by rows, the first rows shipped, the last run here
+  another call that does not depend on it   a branch of the same step: from the next step on the first calls are shipped
+  its rows are taken apart (`chunk(2)`)     a batch of branches: split by rows, the first shipped, the last run here
   anything else                             a step with one branch: run here
 A guess that turns out wrong costs time, never bits: the call is run again the way one device would have run it.
 """
@@ -24,13 +24,15 @@ from cfg_parallel.pending import (
     Node,
     PendingPrediction,
     RecordingError,
+    forget_unsettled,
     is_unsettled,
     pending_outputs,
     settle,
 )
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
 
-# A split by rows changes which kernels run, so its rounding; a wrong split changes the result. Relative 2-norms, by dtype.
+_LEARNED_LIMIT = 4096  # signatures; a server with prompts of every length must not grow
+# A split by rows runs other kernels, which round otherwise; a wrong split changes the result. Relative 2-norms.
 _SPLIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -76,6 +78,10 @@ class Leader:
         self._whole: dict[Any, str] = {}  # signature -> why its rows cannot be split
 
     def begin(self) -> Generation:
+        forget_unsettled()
+        for learned in (self._templates, self._splits, self._whole):
+            if len(learned) > _LEARNED_LIMIT:
+                learned.clear()  # type: ignore[attr-defined]
         for remote in self.remotes:
             remote.begin()
         self.generation = Generation()
@@ -119,8 +125,10 @@ class Leader:
         if branches is not None and not step.nodes:
             return self._split(generation, call, signature, branches)
         index = len(step.nodes)
-        own, followers = deal(max(self._expected, index + 1), len(self.remotes) + 1)
-        is_extra = bool(self.remotes) and self._expected <= index  # one more than the last step had: it is launched beside the others
+        _, followers = deal(max(self._expected, index + 1), len(self.remotes) + 1)
+        is_extra = (
+            bool(self.remotes) and self._expected <= index
+        )  # one more than the last step had: it is launched beside the others
         if index < len(followers) or is_extra:
             follower = followers[index] if index < len(followers) else index % len(self.remotes)
             output = self._ship(generation, call, signature, index, follower)
@@ -165,7 +173,12 @@ class Leader:
         specs = [TensorSpec.of(tensor, self.device) for tensor in values]
         self._templates[signature] = Template(body, specs)
         rows = call.rows()
-        may_split = bool(self.remotes) and rows > 1 and signature not in self._whole and all(spec.shape[:1] == (rows,) for spec in specs)
+        may_split = (
+            bool(self.remotes)
+            and rows > 1
+            and signature not in self._whole
+            and all(spec.shape[:1] == (rows,) for spec in specs)
+        )
         node: Node
 
         def force() -> Sequence[torch.Tensor]:
@@ -233,7 +246,9 @@ class Leader:
         parts, template = self._split_rows(generation, step, call, branches)
         rows = call.rows()
         specs = [
-            TensorSpec((rows, *s.shape[1:]), tuple(torch.empty((rows, *s.shape[1:]), device="meta").stride()), s.dtype, True)
+            TensorSpec(
+                (rows, *s.shape[1:]), tuple(torch.empty((rows, *s.shape[1:]), device="meta").stride()), s.dtype, True
+            )
             for s in template.specs
         ]
         node: Node
@@ -253,7 +268,7 @@ class Leader:
     def _split_rows(
         self, generation: Generation, step: Step, call: Call, branches: int
     ) -> tuple[list[list[torch.Tensor]], Template]:
-        own, followers = deal(branches, len(self.remotes) + 1)
+        _, followers = deal(branches, len(self.remotes) + 1)
         calls = call.split(branches)
         sent = [self._send(generation, c, i, f) for i, (c, f) in enumerate(zip(calls, followers, strict=False))]
         outputs = [encode_plain(self._run(generation, c)) for c in calls[len(sent) :]]
@@ -309,9 +324,7 @@ class Leader:
 
     # Shared.
 
-    def _pending(
-        self, force: Any, specs: Sequence[TensorSpec], rows: int = 0
-    ) -> tuple[Node, list[PendingPrediction]]:
+    def _pending(self, force: Any, specs: Sequence[TensorSpec], rows: int = 0) -> tuple[Node, list[PendingPrediction]]:
         cpu = torch.device("cpu")
         metas = [(s.shape, s.stride, s.dtype, self.device if s.on_device else cpu) for s in specs]
         return pending_outputs(force, metas, rows)

@@ -21,8 +21,9 @@ _MAX_HEADER = 1 << 30  # bytes; a longer one is a corrupted stream, not a messag
 class Link:
     """Both ends use the same class. Every message is a header (a dict) and any number of tensors.
 
-    `read` returns a header as soon as it is there; `pull` receives its tensors, and must be called once, in order, for each
-    header that has some. The two are apart because a receive posted before the local forward would make the GPU wait in the wrong place.
+    `read` returns a header as soon as it is there; `pull` receives its tensors, and must be called once, in order, for
+    each header that has some. The two are apart because a receive posted before the local forward would make the GPU
+    wait in the wrong place.
     """
 
     def __init__(self, conn: Connection, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The process-wide settings of PyTorch that change which bits a forward gives, copied from the leader to its followers."""
+"""The settings of PyTorch that change which bits a forward gives, copied from the leader to its followers."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ Nothing here knows a pipeline; an op that is not recordable settles its inputs a
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -92,7 +93,15 @@ _ROW_SPLITS = frozenset([aten.split.Tensor, aten.split_with_sizes.default, aten.
 _metadata: dict[Any, Any] = {}  # (op, operand metadata) -> result metadata; a generation repeats a few dozen keys
 _METADATA_LIMIT = 16_384
 
-_unsettled: weakref.WeakSet[Node] = weakref.WeakSet()
+
+class _Recording(threading.local):
+    """What this thread has recorded and not settled; another thread's pipeline is none of its business."""
+
+    def __init__(self) -> None:
+        self.unsettled: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+_recording = _Recording()
 
 
 class RecordingError(RuntimeError):
@@ -121,7 +130,7 @@ class Node:
         self.leaf: Node | None = None  # the call whose rows this node still has, one to one
         self.rows = 0
         self.row_splits: set[int] = set()  # into how many equal parts the rows of this call were taken apart
-        _unsettled.add(self)
+        _recording.unsettled.add(self)
 
 
 class PendingPrediction(torch.Tensor):
@@ -148,7 +157,9 @@ class PendingPrediction(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _RECORDABLE:
             recorded = _record(func, args, kwargs)
@@ -193,7 +204,7 @@ class PendingPrediction(torch.Tensor):
         memo[id(self)] = copy
         return copy
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(settle(self))
 
     def __format__(self, spec: str) -> str:
@@ -232,9 +243,14 @@ def is_unsettled(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, PendingPrediction) and tensor._node.values is None
 
 
+def forget_unsettled() -> None:
+    """Start anew: what an earlier generation left unsettled (it raised, say) does not concern the next one."""
+    _recording.unsettled = weakref.WeakSet()
+
+
 def settle_all() -> None:
     """Settle every pending prediction that somebody still holds."""
-    for node in list(_unsettled):
+    for node in list(_recording.unsettled):
         if node.values is None:
             _replay(node)
 
@@ -280,21 +296,21 @@ def _replay(node: Node) -> None:
             for operand, version in top.versions:
                 if operand._version != version:
                     raise RecordingError(
-                        f"A tensor of shape {tuple(operand.shape)} was changed in place after `{top.op}` had read it and "
-                        "before the prediction it was combined with arrived; write to a clone of it instead, or call "
-                        "`disable_cfg_parallel(pipe)` for this pipeline."
+                        f"A tensor of shape {tuple(operand.shape)} was changed in place after `{top.op}` had read it "
+                        "and before the prediction it was combined with arrived; write to a clone of it instead, or "
+                        "call `disable_cfg_parallel(pipe)` for this pipeline."
                     )
             out = top.op(*_unwrap(top.args), **_unwrap(top.kwargs))
             values = list(out) if isinstance(out, (tuple, list)) else [out]
         top.values = values
         top.args, top.kwargs, top.versions, top.force, top.leaf = (), {}, (), None, None  # let go of what led here
-        _unsettled.discard(top)
+        _recording.unsettled.discard(top)
         stack.pop()
 
 
 def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An in-place or `out=` op: whatever was recorded before must read the old values, so it is replayed first."""
-    for node in list(_unsettled):
+    for node in list(_recording.unsettled):
         if node.op is not None and node.values is None:  # an output that no op has read aliases nothing
             _replay(node)
     pendings = list(_pendings((args, kwargs)))
@@ -347,6 +363,7 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     args = tuple(freeze(arg) for arg in args)
     kwargs = {name: freeze(value) for name, value in kwargs.items() if not (name == "pin_memory" and not value)}
+    del freeze  # it refers to itself: a cycle, which would keep the operands until the garbage collector runs
     try:
         key: Any = (func, *key_parts, *kwargs)
         known = _metadata.get(key)
@@ -361,7 +378,7 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     container, specs = known
     node = Node(func, args, kwargs, versions)
     _follow_rows(node, func, args, specs, waiting)
-    outs = [PendingPrediction(node, i, *spec, device) for i, spec in enumerate(specs)]
+    outs = [PendingPrediction(node, i, *spec, device) for i, spec in enumerate(specs)]  # type: ignore[call-arg]
     return container(outs) if container is not None else outs[0]
 
 
@@ -398,6 +415,6 @@ def _follow_rows(node: Node, func: Any, args: Any, specs: Any, waiting: list[Pen
                 leaf.row_splits.add(leaf.rows // part)
             return
     alone = sum(1 for arg in args if isinstance(arg, torch.Tensor) and math.prod(arg.shape) != 1) == 1
-    if func in _ROWWISE_SET and alone and shape and shape[0] == leaf.rows and waiting[0].shape[:1] == shape[:1]:
-        if not (func is aten.unsqueeze.default and args[1] in (0, -waiting[0].dim() - 1)):
-            node.leaf = leaf
+    adds_dim_0 = func is aten.unsqueeze.default and args[1] in (0, -waiting[0].dim() - 1)
+    if func in _ROWWISE_SET and alone and not adds_dim_0 and shape[:1] == waiting[0].shape[:1] == (leaf.rows,):
+        node.leaf = leaf

@@ -164,8 +164,7 @@ def call_arguments(pipeline_class: type, args: argparse.Namespace, images: list[
 
 
 def choose_devices(size: int, devices: list[str] | None, transport: str) -> list[str]:
-    """The devices asked for, after a check that they exist; else one GPU a branch; else, without a GPU, CPU
-    processes."""
+    """The devices asked for, after a check that they exist; by default GPUs or, without a GPU, CPU processes."""
     import torch
 
     from cfg_parallel.transports import resolve

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from cfg_parallel import numerics
-from cfg_parallel.codec import Rows, TensorSpec, encode_plain, encode_structure
+from cfg_parallel.codec import Rows, TensorSpec, UnshippableError, encode_plain, encode_structure
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.link import Link
 from cfg_parallel.pending import settle
@@ -116,7 +116,9 @@ class RemoteFollower:
         try:
             return self.link.read(_START_TIMEOUT, self._alive)
         except FollowerLostError as error:
-            raise FollowerLostError(f"The follower on {self.device} did not start: {error}. {self._last_words()}") from None
+            raise FollowerLostError(
+                f"The follower on {self.device} did not start: {error}. {self._last_words()}"
+            ) from None
 
     def use_nccl(self) -> None:
         ids = NcclTransport.unique_ids()
@@ -124,7 +126,9 @@ class RemoteFollower:
         transport = NcclTransport.connect(ids, 0, self.link.device, _START_TIMEOUT)
         answer = self.link.read(_START_TIMEOUT, self._alive)
         if answer["kind"] != "connected":
-            raise CfgParallelError(f"NCCL could not connect on the follower: {answer['message']}; try transport='host'.")
+            raise CfgParallelError(
+                f"NCCL could not connect on the follower: {answer['message']}; try transport='host'."
+            )
         self.link.transport = transport
         if self.process is not None:
             threading.Thread(target=self._abort_when_dead, name="cfg-parallel-watch", daemon=True).start()
@@ -228,7 +232,7 @@ class RemoteFollower:
     def close(self) -> None:
         self._closing = True
         if self.lost is None:
-            with contextlib.suppress(FollowerLostError):
+            with contextlib.suppress(FollowerLostError):  # then it has closed already
                 self.link.send({"kind": "close"})
         if self.process is not None:
             try:
@@ -245,17 +249,25 @@ class RemoteFollower:
 
     @contextlib.contextmanager
     def _watch(self) -> Any:
-        """Note the loss of the follower, once; whoever waits for NCCL is woken up."""
+        """Note the loss of the follower, once; whoever waits for NCCL is woken up.
+
+        Anything that breaks off a message half-way (Ctrl-C, no memory for a result) loses it too: the rest of the
+        message would be read as the next one."""
         if self.lost is not None:
             raise FollowerLostError(self.lost)
         try:
             yield
-        except FollowerLostError as error:
-            self.lost = f"The follower on {self.device} was lost: {error}. {self._last_words()}".strip()
+        except UnshippableError:  # raised before anything was sent
+            raise
+        except BaseException as error:
+            cause = error if isinstance(error, FollowerLostError) else f"{type(error).__name__} {error}".strip()
+            self.lost = f"The follower on {self.device} was lost: {cause}. {self._last_words()}".strip()
             self.link.transport.abort()
             if self.process is not None:
                 self.process.kill()
-            raise FollowerLostError(self.lost) from None
+            if isinstance(error, FollowerLostError):
+                raise FollowerLostError(self.lost) from None
+            raise
 
     def _abort_when_dead(self) -> None:
         """A receive that a dead follower will never answer blocks the GPU, so the host too; only an abort ends it."""
@@ -290,5 +302,3 @@ def _same(now: tuple[torch.Tensor, int, int, int], then: tuple[torch.Tensor, int
 
 def _value(tensor: torch.Tensor | Rows) -> torch.Tensor:
     return tensor.tensor() if isinstance(tensor, Rows) else tensor
-
-

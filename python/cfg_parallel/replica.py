@@ -1,4 +1,4 @@
-"""A replica of a denoiser on a follower: its structure as bytes, its weights from memory to memory, and what makes it stale."""
+"""A replica of a denoiser: its structure as bytes, its weights from memory to memory, and what makes it stale."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def receive_replica(
         if own != list(specs):
             raise ValueError(
                 f"Expected denoiser {header['name']!r} to have the same tensors on every rank, but rank 0 has "
-                f"{len(specs)} and this rank has {len(own)} of other shapes or dtypes; load the same model on all ranks."
+                f"{len(specs)} and this rank has {len(own)}, or they differ in shape; load the same model on all ranks."
             )
     for chunk in _chunks(specs):
         weights = link.read(timeout)
@@ -77,7 +77,8 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     for path, sub in module.named_modules():
         parts.append((path, id(type(sub))))
         for tensors in (sub._parameters, sub._buffers):
-            parts.extend((key, id(t), t._version) for key, t in tensors.items() if t is not None)
+            # `.to(dtype)` keeps a parameter's identity and version, but not its memory.
+            parts.extend((key, id(t), t._version, t.data_ptr(), t.dtype) for key, t in tensors.items() if t is not None)
         for key, value in sub.__dict__.items():
             if key not in _NOT_SETTINGS:
                 parts.append((key, _setting(value)))

@@ -12,8 +12,8 @@ class Report:
     """Times are in milliseconds unless a name says seconds, sizes in bytes.
 
     `leader_wait_ms` is the time in which the leader's device had nothing to do but wait for the followers' predictions,
-    `follower_wait_ms` the time between a follower's forwards, `launch_wait_ms` the time in which the leader's host waited
-    for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards."""
+    `follower_wait_ms` the time between a follower's forwards, `launch_wait_ms` the time in which the leader's host
+    waited for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards."""
 
     devices: list[str]
     transport: str
@@ -47,15 +47,17 @@ class Report:
         if self.lost:
             return f"no speed-up for part of the run: {self.lost[0]}"
         if self.parallel_steps:
-            overlap = min(self.leader_busy_ms, self.follower_busy_ms) / 1e3
-            sentence = (
-                f"faster: in {self.parallel_steps} of {self.steps} steps the guidance passes ran on "
-                f"{len(self.devices)} devices at once; about {overlap:.2f} s of denoiser time was done beside the rest"
-            )
+            ran = f"in {self.parallel_steps} of {self.steps} steps the passes ran on {len(self.devices)} devices"
             ratio = self._imbalance()
+            slow = "follower" if (self.follower_forward_ms or 0) > (self.leader_forward_ms or 0) else "leader"
+            if slow == "follower" and ratio > 2:
+                return f"no speed-up: {ran}, but a forward takes {ratio:.1f} times as long on the follower as here."
+            there, here = self.follower_busy_ms / 1e3, self.leader_busy_ms / 1e3
+            sentence = f"faster: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here"
             if ratio > 1.15:
-                slow = "follower" if (self.follower_forward_ms or 0) > (self.leader_forward_ms or 0) else "leader"
-                sentence += f"; the {slow}'s forward takes {ratio:.2f} times as long, and the other one waits for it"
+                sentence += (
+                    f"; a forward takes {ratio:.2f} times as long on the {slow}, and the other side waits for it"
+                )
             return sentence + "."
         if self.guided_steps == 0:
             return f"no speed-up: guidance was off in {self.steps} of {self.steps} steps{self._guidance_hint()}."
@@ -87,7 +89,10 @@ class Report:
             ("transport", f"{self.transport} ({self.transport_reason})"),
             ("steps", f"{self.steps}, {self.guided_steps} with guidance, {self.parallel_steps} on all devices"),
             ("calls", f"{self.calls_shipped} shipped, {self.calls_local} local"),
-            ("shipped", f"{_mib(self.bytes_to_followers)} in {self.ship_ms:.1f} ms; back {_mib(self.bytes_from_followers)}"),
+            (
+                "shipped",
+                f"{_mib(self.bytes_to_followers)} in {self.ship_ms:.1f} ms; back {_mib(self.bytes_from_followers)}",
+            ),
             ("forward", f"leader {_ms(self.leader_forward_ms)}, follower {_ms(self.follower_forward_ms)} (median)"),
             ("waited", f"leader {self.leader_wait_ms:.1f} ms, follower {self.follower_wait_ms:.1f} ms"),
             ("total", f"{self.seconds:.2f} s"),

@@ -1,4 +1,4 @@
-"""Under torchrun the ranks that exist play leader and follower: no process is started, the ranks find each other by the store."""
+"""Under torchrun the ranks play leader and follower: no process is started, they find each other by the store."""
 
 from __future__ import annotations
 

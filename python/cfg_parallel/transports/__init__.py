@@ -8,7 +8,8 @@ A transport has `name`, and these methods:
   release(messages)             the peer has pulled that many of our messages, all told
   abort()                       wakes up every wait; nothing works afterwards
   close()
-`flats` are 1-D uint8 tensors, at least one; a header without tensors passes no transport. Three exist or will: `host` (shared memory), `nccl`, and `peer` (CUDA IPC, not yet).
+`flats` are 1-D uint8 tensors, at least one; a header without tensors passes no transport. There are `host` (shared
+memory) and `nccl`; `peer` (CUDA IPC) is to come and has its name reserved.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Shared memory between two processes of one machine: for CPU runs, and for GPUs when NCCL cannot be used.
 
-Segments are anonymous (`memfd_create`) and handed over as file descriptors, so no name is left behind however a process ends.
+Segments are anonymous (`memfd_create`) and handed over as file descriptors, so no name is left behind however a
+process ends.
 """
 
 from __future__ import annotations

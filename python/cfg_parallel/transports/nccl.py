@@ -1,7 +1,8 @@
 """NCCL point-to-point on communicators of our own, through the libnccl that PyTorch has loaded.
 
-One communicator a direction: the operations of a communicator run in the order in which they are posted, so with a single
-one a result that the leader has not asked for yet would hold up the arguments of the next call, and deadlock with three branches.
+One communicator a direction: the operations of a communicator run in the order in which they are posted, so with a
+single one a result that the leader has not asked for yet would hold up the arguments of the next call: a deadlock with
+three branches.
 """
 
 from __future__ import annotations

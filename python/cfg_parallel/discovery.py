@@ -1,0 +1,109 @@
+"""What a pipeline's denoisers are, and on which devices their passes shall run. Every refusal names the fix."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cfg_parallel.errors import ConfigurationError
+
+
+def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The components whose forward takes a timestep, ControlNets and VAEs left out."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise ConfigurationError(f"Expected a diffusers pipeline, but got {type(pipe).__name__}.")
+    denoisers: dict[str, torch.nn.Module] = {}
+    for name, module in components.items():
+        if not isinstance(module, torch.nn.Module) or any(word in name for word in ("controlnet", "vae", "vocoder")):
+            continue
+        parameters = inspect.signature(module.forward).parameters
+        if any(parameter.startswith("timestep") for parameter in parameters):
+            denoisers[name] = module
+    if not denoisers:
+        raise ConfigurationError(
+            f"{type(pipe).__name__} has no denoiser: none of its components ({', '.join(components)}) takes a "
+            "timestep; enable cfg-parallel on the pipeline that denoises."
+        )
+    return denoisers
+
+
+def device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
+    devices = {tensor.device for module in modules.values() for tensor in module.parameters()}
+    if any(device.type == "meta" for device in devices) or getattr(pipe, "_is_sequentially_offloaded", False):
+        raise ConfigurationError(
+            "The denoiser's weights are offloaded one by one (enable_sequential_cpu_offload), so there is nothing to "
+            "replicate; load the pipeline without it and move it to a GPU with pipe.to('cuda')."
+        )
+    if getattr(pipe, "_all_hooks", None):
+        raise ConfigurationError(
+            "The pipeline moves its models between CPU and GPU (enable_model_cpu_offload), which cfg-parallel does not "
+            "support yet; use pipe.to('cuda')."
+        )
+    if len(devices) != 1:
+        raise ConfigurationError(
+            f"Expected the denoiser on one device, but it is on {sorted(map(str, devices))}; load it without "
+            "device_map and move it with pipe.to('cuda')."
+        )
+    device = devices.pop()
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(
+            f"Expected the pipeline on cpu or cuda, but it is on {device}; move it with pipe.to('cuda')."
+        )
+    return device
+
+
+def choose_devices(
+    leader: torch.device, size: int, devices: Sequence[str | torch.device] | None, rank: int | None
+) -> list[torch.device]:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ConfigurationError(f"Expected cfg_parallel_size to be an integer of at least 1, but got {size!r}.")
+    available = torch.cuda.device_count()
+    if devices is None:
+        if leader.type == "cpu":
+            return [leader] * size
+        if size > available:
+            raise ConfigurationError(
+                f"cfg_parallel_size={size} needs {size} GPUs, but {available} is visible; check CUDA_VISIBLE_DEVICES, "
+                f"or pass cfg_parallel_size={available}."
+            )
+        if rank is not None:
+            return [torch.device("cuda", i) for i in range(size)]
+        return [torch.device("cuda", ((leader.index or 0) + i) % available) for i in range(size)]
+    chosen = [_parse_device(device, available) for device in devices]
+    if len(chosen) != size:
+        raise ConfigurationError(
+            f"cfg_parallel_size={size} needs {size} devices, but {len(chosen)} were given "
+            f"({', '.join(map(str, chosen))}); pass cfg_parallel_size={len(chosen)} or {size} devices."
+        )
+    gpus = [device for device in chosen if device.type == "cuda"]
+    if len(set(gpus)) != len(gpus):
+        raise ConfigurationError(
+            f"The same GPU is named twice in {list(map(str, chosen))}; name a different one for each."
+        )
+    if rank is None and chosen[0] != leader:
+        raise ConfigurationError(
+            f"Expected the first device to be the pipeline's own, {leader}, but got {chosen[0]}; call "
+            f"pipe.to('{chosen[0]}') first, or put '{leader}' first."
+        )
+    if len({device.type for device in chosen}) != 1:
+        raise ConfigurationError(f"Expected GPUs only or CPUs only, but got {', '.join(map(str, chosen))}.")
+    return chosen
+
+
+def _parse_device(device: str | torch.device, available: int) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(f"Unknown device {device!r}; use 'cuda:0', 'cuda:1', ... or 'cpu'.") from error
+    if parsed.type == "cpu":
+        return torch.device("cpu")
+    if parsed.type != "cuda":
+        raise ConfigurationError(f"Unsupported device {device!r}; use 'cuda:0', 'cuda:1', ... or 'cpu'.")
+    index = torch.cuda.current_device() if parsed.index is None and available else parsed.index or 0
+    if index >= available:
+        raise ConfigurationError(f"There is no device cuda:{index}: {available} GPUs are visible.")
+    return torch.device("cuda", index)

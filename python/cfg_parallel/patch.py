@@ -1,0 +1,102 @@
+"""Another `__call__` on one pipeline object and on its denoisers: nothing global is changed, all can be undone."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfg_parallel.calls import Denoiser
+from cfg_parallel.leader import Leader
+from cfg_parallel.report import Report
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class CfgParallel:
+    """What enable_cfg_parallel returns: the pipeline's report, and the way back.
+
+    Replaces the class of one pipeline object by a subclass with another `__call__`."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._class = type(pipe)
+        self._lock = threading.RLock()
+        pipe.__class__ = _subclass(type(pipe), {"__call__": self._wrap(type(pipe).__call__), "_cfg_parallel": self})
+
+    def _wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                return self._generate(functools.partial(call, pipe), args, kwargs)
+
+        return __call__
+
+    def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    @property
+    def report(self) -> Report:
+        """What happened in the last generation. Waits for the device the first time it is asked for."""
+        raise NotImplementedError
+
+    def disable(self) -> None:
+        """Give the pipeline back as it was, and end the followers. May be called twice."""
+        pipe = self._pipe()
+        if pipe is not None and type(pipe) is not self._class:
+            pipe.__class__ = self._class
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+
+def _subclass(cls: type, namespace: dict[str, Any]) -> type:
+    """A subclass that passes for `cls` by name, so that messages, saving and `from_pipe` are unaffected."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (cls,), names | namespace)
+
+
+def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
+    """The denoiser seen through another class: every attribute is shared with the module, but calling it dispatches.
+
+    So the module itself, which other pipelines may hold too, is not touched."""
+    module = denoiser.module
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return leader.dispatch(denoiser, args, kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return module.__reduce_ex__(protocol)
+
+    namespace: dict[str, Any] = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "_cfg_parallel_denoiser": denoiser,
+    }
+    if hasattr(type(module), "cache_context"):
+
+        @contextlib.contextmanager
+        def cache_context(self: Any, name: str, **kwargs: Any) -> Any:
+            outer = denoiser.context
+            denoiser.context = (name, kwargs)
+            try:
+                with module.cache_context(name, **kwargs):  # type: ignore[operator]
+                    yield
+            finally:
+                denoiser.context = outer
+
+        namespace["cache_context"] = cache_context
+    cls = _subclass(type(module), namespace)
+    view: torch.nn.Module = object.__new__(cls)
+    object.__setattr__(view, "__dict__", module.__dict__)
+    return view
