@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import math
+import pickle
 import random
 import threading
 import weakref
@@ -11,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +27,7 @@ from cfg_parallel.pending import (
     Node,
     PendingPrediction,
     RecordingError,
+    forget_unsettled,
     is_unsettled,
     pending_outputs,
     settle,
@@ -36,10 +41,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
-    """Pipelines run like this. Nothing is left unsettled for the next test's in-place ops to find."""
+    """Pipelines run like this."""
+    forget_unsettled()
     with torch.no_grad():
         yield
-    gc.collect()
 
 
 def call(values: Sequence[torch.Tensor], rows: int = 0) -> tuple[Node, list[PendingPrediction]]:
@@ -64,23 +69,30 @@ def flat(result: Any) -> list[torch.Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
-def check(fn: Callable[..., Any], values: Sequence[torch.Tensor], recorded: bool = True) -> list[Any]:
+def check(fn: Callable[..., Any], values: Sequence[torch.Tensor]) -> list[Any]:
     """`fn` of pending predictions is `fn` of their values, and says so before it is computed. Returns the op results."""
     try:
         expected = fn(*(v.clone() if v.is_contiguous() else v for v in values))
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        with pytest.raises(type(error)):
+    except _ERRORS:
+        with pytest.raises(_ERRORS):
             [settle(t) for t in flat(fn(*map(pend, values)))]
         return []
     got = fn(*map(pend, values))
     assert type(got) is type(expected) or isinstance(got, torch.Tensor)
-    assert len(flat(got)) == len(flat(expected))
+    assert [metadata(g) for g in flat(got)] == [metadata(e) for e in flat(expected)]
+    assert [is_unsettled(g) for g in flat(got)] == [True for _ in flat(expected)]
     for g, e in zip(flat(got), flat(expected), strict=True):
-        assert is_unsettled(g) == recorded
-        assert (g.shape, g.stride(), g.dtype, g.device) == (e.shape, e.stride(), e.dtype, e.device)
         assert same(g, e)
-        assert (settle(g).shape, settle(g).stride(), settle(g).dtype) == (e.shape, e.stride(), e.dtype)
+        assert metadata(settle(g)) == metadata(e)
     return flat(got)
+
+
+_ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
+
+
+def metadata(t: torch.Tensor) -> tuple[Any, ...]:
+    """An empty tensor's strides mean nothing, and PyTorch's own kernels disagree about them."""
+    return t.shape, t.stride() if t.numel() else None, t.dtype, t.device
 
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
@@ -201,15 +213,13 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "cfg": lambda p, q: q + 4.5 * (p - q),
 }
 # Never arrive as themselves: PyTorch takes them apart first.
-UNREACHABLE = {aten.reshape.default}
+UNREACHABLE = {aten.reshape.default, aten.square.default}
 
 
 @settings(deadline=None, max_examples=250)
 @given(name=st.sampled_from(sorted(UNARY)), x=tensors(), d=st.integers(-4, 3), k=st.integers(0, 3))
 def test_unary(name: str, x: torch.Tensor, d: int, k: int) -> None:
     d = d % x.dim() if x.dim() else 0
-    alias = name == "reshape" or (name == "expand" and k < 0)
-    del alias
     got = check(lambda p: UNARY[name](p, d, k), [x])
     assert all(isinstance(t, PendingPrediction) for t in got)
 
@@ -313,7 +323,6 @@ SCHEDULERS: list[tuple[str, type, dict[str, Any], dict[str, Any]]] = [
     ("heun", diffusers.HeunDiscreteScheduler, {}, {}),
     ("kdpm2", diffusers.KDPM2DiscreteScheduler, {}, {}),
     ("pndm", diffusers.PNDMScheduler, {"skip_prk_steps": True}, {}),
-    ("lms", diffusers.LMSDiscreteScheduler, {}, {}),
     ("lcm", diffusers.LCMScheduler, {}, {"generator": True}),
     ("edm_euler", diffusers.EDMEulerScheduler, {}, {}),
     ("thresholding", diffusers.DDIMScheduler, {"thresholding": True}, {}),
@@ -327,7 +336,7 @@ def denoise(
     scheduler = cls(**config)
     scheduler.set_timesteps(4)
     generator = torch.Generator().manual_seed(0)
-    latents: Any = torch.randn(1, 4, 6, 6, generator=generator).to(dtype) * float(scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else 1.0)
+    latents: Any = torch.randn(1, 4, 6, 6, generator=generator).to(dtype) * float(getattr(scheduler, "init_noise_sigma", 1))
     extra = {k: generator if k == "generator" else v for k, v in options.items()}
     torch.manual_seed(0)
     kinds = []
@@ -335,7 +344,7 @@ def denoise(
         x = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
         value = settle(x)
         cond, uncond = wrap((value * 0.3).sin()), wrap((value * 0.7).cos())
-        prediction = qwen_norm(cond, uncond) if cls is diffusers.FlowMatchEulerDiscreteScheduler else rescale(cond, uncond)
+        prediction = (qwen_norm if "FlowMatch" in cls.__name__ else rescale)(cond, uncond)
         latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
         kinds.append(is_unsettled(latents))
     return settle(latents), [kinds, generator.get_state(), torch.get_rng_state()]
@@ -420,28 +429,38 @@ INPLACE: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("state", ["unsettled", "settled", "recorded", "read"])
+@pytest.mark.parametrize("state", ["unsettled", "settled", "recorded", "read", "mixed"])
 @pytest.mark.parametrize("name", INPLACE)
 def test_in_place(name: str, state: str, inference: bool) -> None:
     x = torch.randn(4, 4)
     with torch.inference_mode(inference):
 
-        def run(p: Any) -> list[Any]:
+        def run(p: Any) -> tuple[list[Any], Any]:
             if state == "recorded":
                 p = p * 2
             if state == "settled":
                 settle(p)
-            before = p + 1
+            other: Any = torch.ones(4, 4)
+            if state == "mixed":  # recorded, with the settled value of `p` as an operand
+                settle(p)
+                other = pend(other)
+            before = p + other
             view = p[2:]
             if state == "read":
                 settle(before)
             result = INPLACE[name](p)
-            return [p, before, view, p * 2] + ([result] if isinstance(result, torch.Tensor) else [])
+            return [p, view, p * 2] + ([result] if isinstance(result, torch.Tensor) else []), before
 
-        expected, got = run(x.clone()), run(pend(x.clone()))
+        (expected, before), (got, recorded) = run(x.clone()), run(pend(x.clone()))
         for g, e in zip(got, expected, strict=True):
             assert same(g, e)
             assert (g.shape, g.stride()) == (e.shape, e.stride())
+        if state == "mixed" and not inference:
+            try:
+                settle(recorded)
+            except RecordingError:
+                return  # loud is good enough where a settled prediction is written to by way of a view
+        assert same(recorded, before)
 
 
 def test_in_place_returns_the_tensor_itself() -> None:
@@ -546,7 +565,189 @@ def test_change_of_shape_in_place_says_no_and_harms_nothing(name: str) -> None:
     assert same(p.flatten(), torch.arange(6.0))
 
 
-# One test for each way out of a tensor is in test_pending_values.py.
+LEAKS: dict[str, Callable[[Any], Any]] = {
+    "settle": lambda p: settle(p).zero_(),
+    "numpy": lambda p: p.numpy().fill(0),
+    "asarray": lambda p: np.asarray(p).fill(0),
+    "from_dlpack": lambda p: torch.from_dlpack(p).zero_(),
+    "data": lambda p: p.data.zero_(),
+    "unfold": lambda p: p.unfold(0, 2, 2).zero_(),
+    "as_strided": lambda p: p.as_strided((16,), (1,)).zero_(),
+    "view dtype": lambda p: p.view(torch.int32).zero_(),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", LEAKS)
+def test_write_through_memory_that_was_handed_out(name: str, inference: bool) -> None:
+    """What was recorded before must not see it, or say that it cannot tell."""
+    with torch.inference_mode(inference):
+        x = torch.randn(4, 4)
+        p = pend(x.clone())
+        before = p + 1
+        LEAKS[name](p)
+        assert same(p, torch.zeros(4, 4))
+        try:
+            settle(before)
+        except RecordingError:
+            return
+        assert same(before, x + 1)
+
+
+# Every way out of a tensor.
+
+
+def saved(p: Any) -> torch.Tensor:
+    file = io.BytesIO()
+    torch.save({"p": p}, file)
+    file.seek(0)
+    return torch.load(file)["p"]
+
+
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "numpy": lambda p: p.numpy(),
+    "numpy force": lambda p: p.numpy(force=True),
+    "asarray": lambda p: np.asarray(p),
+    "array dtype": lambda p: np.array(p, dtype=np.float64),
+    "array copy": lambda p: np.array(p, copy=True),
+    "stack": lambda p: np.stack([p, p]),
+    "abs": lambda p: np.abs(p),
+    "tolist": lambda p: p.tolist(),
+    "item": lambda p: p[0, 0].item(),
+    "float": lambda p: float(p[0, 0]),
+    "int": lambda p: int(p[0, 0] * 10),
+    "bool": lambda p: bool(p[0, 0] > 0),
+    "complex": lambda p: complex(p[0, 0]),
+    "round": lambda p: round(float(p.std()), 3),
+    "index": lambda p: list(range(p.sum().to(torch.int64).abs() + 1)),
+    "any": lambda p: bool((p > 0).any()),
+    "if": lambda p: 1 if p[0, 0] > 0 else 2,
+    "len": lambda p: len(p),
+    "iter": lambda p: [row.tolist() for row in p],
+    "unpack": lambda p: (lambda a, b, c: b)(*p),
+    "reversed": lambda p: [row.tolist() for row in reversed(p)],
+    "contains": lambda p: p[0, 0].item() in p,
+    "in list": lambda p: any(p is q for q in [p]),
+    "repr": lambda p: repr(p),
+    "str": lambda p: str(p),
+    "format": lambda p: f"{p}",
+    "format 0-dim": lambda p: f"{p.std():.3f} {p.mean():>10}",
+    "percent": lambda p: "%.2f" % p.std(),  # noqa: UP031
+    "copy": lambda p: copy.copy(p),
+    "deepcopy": lambda p: copy.deepcopy({"a": p, "b": [p]})["b"][0],
+    "pickle": lambda p: pickle.loads(pickle.dumps([p, p]))[1],
+    "save": saved,
+    "dlpack": lambda p: torch.from_dlpack(p),
+    "numpy dlpack": lambda p: np.from_dlpack(p),
+    "cpu": lambda p: p.cpu(),
+    "to": lambda p: p.to("cpu", torch.float64, non_blocking=True),
+    "to other": lambda p: p.to(torch.zeros(1, dtype=torch.float16)),
+    "type": lambda p: p.type(torch.float16),
+    "type name": lambda p: p.type(),
+    "type_as": lambda p: p.type_as(torch.zeros(1, dtype=torch.float64)),
+    "half": lambda p: p.half(),
+    "long": lambda p: (p * 10).long(),
+    "index tensor": lambda p: p[torch.tensor([2, 0])],
+    "index mask": lambda p: p[p > 0],
+    "index None": lambda p: p[None, ..., None],
+    "index ellipsis": lambda p: p[..., 1],
+    "index negative": lambda p: p[-1, -2:],
+    "index step": lambda p: p[::2, 1::2],
+    "index list": lambda p: p[[0, 2], [1, 1]],
+    "index bool": lambda p: p[True],
+    "index pending": lambda p: torch.arange(10)[(p[0] * 3).abs().long()],
+    "index pending mask": lambda p: torch.ones(3, 4)[p > 0],
+    "index pending int": lambda p: torch.arange(10)[(p[0, 0] * 3).abs().long()],
+    "gather": lambda p: torch.gather(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), 1, p.abs().long()),
+    "equal": lambda p: torch.equal(p, p + 0),
+    "eq": lambda p: p == p,
+    "allclose": lambda p: torch.allclose(p, p * 1.0),
+    "hash": lambda p: {p: 1}[p],
+    "matmul": lambda p: p @ p.T,
+    "linear": lambda p: torch.nn.functional.linear(p, torch.ones(2, 4)),
+    "interpolate": lambda p: torch.nn.functional.interpolate(p[None, None], scale_factor=2),
+    "einsum": lambda p: torch.einsum("ij,kj->ik", p, p),
+    "topk": lambda p: torch.topk(p, 2)[1],
+    "max": lambda p: p.max(1).values,
+    "std_mean": lambda p: torch.std_mean(p)[0],
+    "quantile": lambda p: torch.quantile(p, 0.5, dim=1),
+    "sort": lambda p: p.sort().values,
+    "unique": lambda p: p.unique(),
+    "nan_to_num": lambda p: torch.nan_to_num(p / 0),
+    "new_zeros": lambda p: p.new_zeros(2),
+    "new_tensor": lambda p: p.new_tensor([1.0]),
+    "zeros_like": lambda p: torch.zeros_like(p),
+    "tensor": lambda p: p.new_tensor(p),
+    "as_tensor": lambda p: torch.as_tensor(p),
+    "asarray torch": lambda p: torch.asarray(p, dtype=torch.float64),
+    "tensor of scalars": lambda p: torch.tensor([p[0, 0].item(), float(p.mean())]),
+    "stack of 0-dim": lambda p: torch.stack([p[0, 0], p.mean()]),
+    "arange": lambda p: torch.arange(int(p.abs().sum())),
+    "linspace": lambda p: torch.linspace(p[0, 0], p[0, 1], 3),
+    "full": lambda p: torch.full((2,), p[0, 0].item()),
+    "alpha": lambda p: torch.add(torch.ones(2), torch.ones(2), alpha=p[0, 0].item()),
+    "data": lambda p: p.data,
+    "detach": lambda p: p.detach().clone(),
+    "contiguous": lambda p: p.T.contiguous(),
+    "storage": lambda p: bytes(p.untyped_storage()),
+    "nbytes": lambda p: (p.nbytes, p.element_size(), p.storage_offset(), p[1:].storage_offset()),
+    "facts": lambda p: (p.is_contiguous(), p.dim(), p.size(), p.stride(), p.requires_grad, p.is_floating_point(), p.ndim),
+    "isinstance": lambda p: (isinstance(p, torch.Tensor), torch.is_tensor(p), torch.is_floating_point(p)),
+    "chunk": lambda p: p.chunk(2, 1)[1],
+    "tensor_split": lambda p: p.tensor_split(2)[1],
+    "real": lambda p: torch.view_as_complex(p.view(3, 2, 2)).conj().real,
+    "where": lambda p: torch.where(p > 0, p, 0.0),
+    "foreach": lambda p: torch._foreach_mul([p, p], 2.0)[1],
+    "parameter": lambda p: torch.nn.Parameter(p).detach() + 1,
+    "module": lambda p: torch.nn.LayerNorm(4)(p),
+    "jit": lambda p: torch.jit.trace(lambda t: t * 2 + 1, torch.ones(3, 4))(p),
+    "compile": lambda p: torch.compile(lambda t: t * 2 + 1, backend="eager")(p),
+    "vmap": lambda p: torch.vmap(lambda t: t * 2)(p.clone()),
+    "checkpoint": lambda p: torch.utils.checkpoint.checkpoint(torch.sin, p, use_reentrant=False),
+    "tree": lambda p: torch.utils._pytree.tree_map(lambda t: t + 1, {"a": p})["a"],
+}
+
+
+@pytest.mark.parametrize("state", ["unsettled", "settled"])
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.filterwarnings("ignore")
+def test_way_out(name: str, state: str) -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(7))
+    expected = VALUES[name](x)
+    p = pend(x.clone())
+    if state == "settled":
+        settle(p)
+    got = VALUES[name](p)
+    if isinstance(expected, torch.Tensor):
+        assert same(got, expected) and got.stride() == expected.stride()
+    elif isinstance(expected, np.ndarray):
+        assert type(got) is np.ndarray and got.dtype == expected.dtype and np.array_equal(got, expected)
+    else:
+        assert type(got) is type(expected) and got == expected
+
+
+@pytest.mark.parametrize("name", ["copy", "deepcopy", "pickle", "save"])
+def test_a_copy_is_a_plain_tensor(name: str) -> None:
+    assert type(VALUES[name](pend(torch.randn(3, 4)))) is torch.Tensor
+
+
+def test_deepcopy_is_no_alias() -> None:
+    p = pend(torch.ones(2))
+    both = copy.deepcopy([p, p])
+    assert both[0] is both[1]
+    both[0].zero_()
+    assert same(p, torch.ones(2))
+
+
+def test_data_can_be_set() -> None:
+    p = pend(torch.ones(2))
+    p.data = torch.zeros(2)
+    assert same(p, torch.zeros(2)) and same(p + 1, torch.ones(2))
+
+
+def test_tensor_of_0_dim_predictions() -> None:
+    assert same(torch.tensor([pend(torch.tensor(1.5)), pend(torch.tensor(2.5))]), torch.tensor([1.5, 2.5]))
+
 
 # Random numbers.
 
@@ -691,18 +892,34 @@ def test_wide_recording_is_linear() -> None:
 
 
 def test_settled_nodes_let_go() -> None:
+    def run() -> tuple[Any, list[Any]]:
+        x, value = torch.randn(3), torch.randn(3)
+        p = pend(value)
+        q = p * x
+        r = (q + 1).to(torch.float64)
+        return r, [weakref.ref(obj) for obj in (x, value, p, q, p._node, q._node)]
+
+    run()  # PyTorch's first meta kernel leaves a cycle behind
     gc.disable()
     try:
-        x = torch.randn(3)
-        raw = [torch.randn(3)]
-        p = pend(raw[0])
-        q = p * x
-        r = q + 1
-        watched = [weakref.ref(obj) for obj in (x, raw[0], p._node, q._node)]
+        r, watched = run()
         settle(r)
-        del x, p, q
-        raw.clear()
-        assert [w() for w in watched] == [None] * 4
+        assert [w() for w in watched] == [None] * 6
+    finally:
+        gc.enable()
+
+
+def test_dropped_recording_is_freed_without_the_cycle_collector() -> None:
+    def run() -> list[Any]:
+        x = torch.randn(3)
+        p = pend(torch.randn(3))
+        q = torch.cat([p * x, p])
+        return [weakref.ref(obj) for obj in (x, p, q, p._node, q._node)]
+
+    run()
+    gc.disable()
+    try:
+        assert [w() for w in run()] == [None] * 5
     finally:
         gc.enable()
 
@@ -821,10 +1038,7 @@ def test_metadata_cache_has_no_collisions(name: str, dtype: torch.dtype, layout:
         variants = VARIANTS[name] * 2
         random.Random(seed).shuffle(variants)
         for variant in variants:
-            try:
-                check(variant, [x])
-            except NotImplementedError:  # not for this dtype, on the CPU
-                assert dtype != torch.float32
+            check(variant, [x])
 
 
 FLOAT_VARIANTS: dict[str, list[Callable[[Any], Any]]] = {
@@ -947,9 +1161,11 @@ ROW_SPLITS: list[tuple[str, Callable[[Any], Any], set[int]]] = [
 
 
 @pytest.mark.parametrize(("fn", "expected"), [r[1:] for r in ROW_SPLITS], ids=[r[0] for r in ROW_SPLITS])
-def test_row_splits(fn: Callable[[Any], Any], expected: set[int]) -> None:
-    assert splits(fn) == expected
-    assert splits(fn, rows=0) == set()
+@pytest.mark.parametrize("inference", [False, True])
+def test_row_splits(fn: Callable[[Any], Any], expected: set[int], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        assert splits(fn) == expected
+        assert splits(fn, rows=0) == set()
 
 
 def test_row_splits_of_an_empty_dimension() -> None:
@@ -958,9 +1174,8 @@ def test_row_splits_of_an_empty_dimension() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows=st.integers(1, 8), parts=st.integers(1, 8), shape=shapes)
-def test_row_splits_of_any_chunk(rows: int, parts: int, shape: tuple[int, ...]) -> None:
-    equal = rows % parts == 0 and parts > 1
-    assert splits(lambda p: p.chunk(parts), rows, (rows, *shape)) <= ({parts} if equal else {rows // math.ceil(rows / parts)} if rows % math.ceil(rows / parts) == 0 else set())
-    if equal:
-        assert splits(lambda p: p.chunk(parts), rows, (rows, *shape)) == {parts}
+@given(branches=st.integers(2, 5), size=st.integers(1, 4), shape=shapes)
+def test_row_splits_of_any_equal_chunk(branches: int, size: int, shape: tuple[int, ...]) -> None:
+    rows = branches * size
+    assert splits(lambda p: p.chunk(branches), rows, (rows, *shape)) == {branches}
+    assert splits(lambda p: p.float().split(size), rows, (rows, *shape)) == {branches}

@@ -127,7 +127,12 @@ class Leading(CfgParallel):
         self._guidance: dict[str, Any] = {}
         self._spmd = spmd.rank() is not None
         try:
-            self._bring_up(remotes)
+            self._connect(remotes)
+            for denoiser in self._denoisers.values():
+                self._ship(denoiser, remotes)
+            if self._spmd:
+                for remote in remotes:
+                    remote.send_output(None)  # the other ranks are prepared
         except BaseException:
             self._close.detach()  # the caller has the followers
             raise
@@ -136,17 +141,14 @@ class Leading(CfgParallel):
         for name, denoiser in self._denoisers.items():
             pipe.__dict__[name] = denoiser_view(denoiser, self._leader)
 
-    def _bring_up(self, remotes: list[RemoteFollower]) -> None:
+    def _connect(self, remotes: list[RemoteFollower]) -> None:
+        for remote in remotes:
+            remote.invite([type(denoiser.module).__module__ for denoiser in self._denoisers.values()])
         for remote in remotes:
             hello = remote.greet()
             _check_same(hello, self.devices[0])
             if self.transport == "nccl":
                 remote.use_nccl()
-        for denoiser in self._denoisers.values():
-            self._ship(denoiser, remotes)
-        if self._spmd:
-            for remote in remotes:
-                remote.send_output(None)
 
     def _ship(self, denoiser: Denoiser, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
@@ -197,9 +199,7 @@ class Leading(CfgParallel):
                 remote.close()
                 fresh = RemoteFollower.start(self.devices[0], remote.device, self._timeout)
                 self._leader.remotes[i] = fresh
-                fresh.greet()
-                if self.transport == "nccl":
-                    fresh.use_nccl()
+                self._connect([fresh])
                 for denoiser in self._denoisers.values():
                     fresh.ship_denoiser(denoiser.name, denoiser.module)
         pipe = self._pipe()
@@ -264,6 +264,8 @@ class Leading(CfgParallel):
             leader_busy_ms=sum(forwards),
             follower_busy_ms=sum(remote_forwards),
             follower_peak_bytes=max(peaks, default=None),
+            replica_bytes=sum(remote.replica[0] for remote in remotes),
+            replica_seconds=sum(remote.replica[1] for remote in remotes),
             guidance=self._guidance,
             notes=dict(generation.notes),
             lost=[remote.lost for remote in remotes if remote.lost is not None],

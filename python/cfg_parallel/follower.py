@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import os
 import sys
@@ -56,6 +57,9 @@ class Follower:
         """Answer the leader's first message: who is here."""
         hello = self._link.read()
         sys.path[:] = hello["path"]  # so that classes of the user's own modules can be unpickled
+        for module in hello["modules"]:
+            with contextlib.suppress(ImportError):  # `__main__` in a notebook, say; its classes travel by value
+                importlib.import_module(module)
         device = self._link.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._link.send({"kind": "hello", "torch": torch.__version__, "gpu": gpu})

@@ -165,6 +165,10 @@ class PendingPrediction(torch.Tensor):
             recorded = _record(func, args, kwargs)
             if recorded is not None:
                 return recorded
+        if torch.is_inference_mode_enabled():  # where a composite op (chunk, to, flatten) arrives whole
+            parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         if func._schema.is_mutable:
             return _mutate(func, args, kwargs)
         return func(*_unwrap(args), **_unwrap(kwargs))

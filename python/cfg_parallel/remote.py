@@ -79,6 +79,7 @@ class RemoteFollower:
         self.link = Link(conn, leader_device)
         self.sent = Sent()
         self.lost: str | None = None
+        self.replica = (0, 0.0)
         self.died = False  # while NCCL was in use: results received just before may be garbage
         self._closing = False
         self._timeout = timeout
@@ -110,9 +111,12 @@ class RemoteFollower:
         theirs.close()
         return self
 
+    def invite(self, modules: Sequence[str]) -> None:
+        """The first message. Apart from `greet`, so that several followers import these modules side by side."""
+        self._send({"kind": "hello", "path": sys.path, "modules": list(modules)})
+
     def greet(self) -> dict[str, Any]:
-        """Wait until the follower is up. Apart from `start`, so that several come up side by side."""
-        self._send({"kind": "hello", "path": sys.path})
+        """Wait until the follower is up: who it is."""
         try:
             return self.link.read(_START_TIMEOUT, self._alive)
         except FollowerLostError as error:
@@ -134,9 +138,13 @@ class RemoteFollower:
             threading.Thread(target=self._abort_when_dead, name="cfg-parallel-watch", daemon=True).start()
 
     def ship_denoiser(self, name: str, module: torch.nn.Module) -> None:
+        """Give the follower a replica; returns when it is there. Its bytes and seconds add up in `replica`."""
+        start, before = time.perf_counter(), self.link.bytes_sent
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         with self._watch():
             send_replica(self.link, name, module, self._timeout)
+        nbytes, seconds = self.replica
+        self.replica = (nbytes + self.link.bytes_sent - before, seconds + time.perf_counter() - start)
 
     def check(self) -> str | None:
         """Why the follower is lost, or None. Notices a process that ended while nobody was talking to it."""
@@ -162,6 +170,8 @@ class RemoteFollower:
         identities = [_identity(tensor) for tensor in tensors]
         resident = [i < len(kept) and _same(identities[i], kept[i]) for i in range(len(tensors))]
         fresh = [_value(t) for t, is_resident in zip(tensors, resident, strict=True) if not is_resident]
+        if self.link.transport.reads_later:  # on a stream of its own; the pipeline may overwrite its latents meanwhile
+            fresh = [tensor.clone() for tensor in fresh]
         before = self.link.bytes_sent
         header = {"kind": "call", "slot": (name, branch), "body": body, "resident": resident, "autocast": autocast}
         call = RemoteCall(self, pins=fresh)

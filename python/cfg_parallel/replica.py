@@ -22,6 +22,7 @@ def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float)
         link.send({"kind": "weights"}, [tensors[i] for i in chunk])
         _expect(link.read(timeout), "stored")
     _expect(link.read(timeout), "ready")
+    _wait_for(link.device)
 
 
 def _expect(header: dict[str, Any], kind: str) -> None:
@@ -52,8 +53,15 @@ def receive_replica(
             link.pull_into(weights, [tensors[i] for i in chunk])
         link.send({"kind": "stored"})
     module = decode(header["body"], tensors) if into is None else into
+    _wait_for(link.device)
     link.send({"kind": "ready"})
     return module
+
+
+def _wait_for(device: torch.device) -> None:
+    """Weights may be changed, and trusted, as soon as they are said to be shipped."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _chunks(specs: Sequence[TensorSpec]) -> Iterator[list[int]]:

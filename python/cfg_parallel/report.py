@@ -35,6 +35,8 @@ class Report:
     leader_busy_ms: float = 0.0
     follower_busy_ms: float = 0.0
     follower_peak_bytes: int | None = None
+    replica_bytes: int = 0
+    replica_seconds: float = 0.0
     guidance: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
@@ -96,6 +98,7 @@ class Report:
             ("forward", f"leader {_ms(self.leader_forward_ms)}, follower {_ms(self.follower_forward_ms)} (median)"),
             ("waited", f"leader {self.leader_wait_ms:.1f} ms, follower {self.follower_wait_ms:.1f} ms"),
             ("total", f"{self.seconds:.2f} s"),
+            ("replica", f"{self.replica_bytes / 1e9:.2f} GB shipped in {self.replica_seconds:.2f} s, before"),
         ]
         rows += [("note", f"{reason} ({count}x)") for reason, count in self.notes.items()]
         rows.append(("result", self.why))

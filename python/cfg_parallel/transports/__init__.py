@@ -1,6 +1,6 @@
 """How tensors travel between the leader and a follower. The control socket says which tensors; a transport moves them.
 
-A transport has `name`, and these methods:
+A transport has `name`, `reads_later` (tensors must keep their values after `push` returns), and these methods:
   stage(flats) -> descriptor    called before the header is sent; the descriptor travels in the header
   push(flats, conn)             called after the header is sent
   accept(descriptor, conn)      called right after a header is read

@@ -42,6 +42,7 @@ def _offsets(flats: Sequence[torch.Tensor]) -> tuple[list[int], int]:
 
 class HostTransport:
     name = "host"
+    reads_later = False
 
     def __init__(self) -> None:
         self._own: list[_Segment] = []

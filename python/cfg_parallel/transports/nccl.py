@@ -24,6 +24,7 @@ class NcclTransport:
     """`rank` is 0 on the leader and 1 on the follower; `ids` are the unique ids of the two directions."""
 
     name = "nccl"
+    reads_later = True
 
     def __init__(self, ids: tuple[bytes, bytes], rank: int, device: torch.device) -> None:
         native = extension.load()
