@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -71,3 +75,78 @@ def test_follower_killed_during_a_generation_is_no_hang(transport: str) -> None:
         assert time.monotonic() - start < 30
         assert torch.equal(generate(enabled, tiny.inputs()), expected)  # with a new follower
         assert handle.report.calls_shipped > 0
+
+
+def test_leader_on_the_second_gpu() -> None:
+    tiny = TINY["qwen_image"]
+    plain, enabled = tiny.build().to("cuda:1"), tiny.build().to("cuda:1")
+    with cfg_parallel.enable_cfg_parallel(enabled) as handle:
+        assert torch.equal(generate(enabled, tiny.inputs()), generate(plain, tiny.inputs()))
+        assert handle.report.devices == ["cuda:1", "cuda:0"]
+
+
+def test_latents_overwritten_while_they_are_sent() -> None:
+    """Arguments are sent on a stream of their own: what the pipeline writes into them afterwards must not travel."""
+    tiny = TINY["instruct_pix2pix"]
+    plain, enabled = tiny.build().to("cuda"), tiny.build().to("cuda")
+
+    def on_step(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs["latents"].mul_(0.5)
+        return kwargs
+
+    with cfg_parallel.enable_cfg_parallel(enabled):
+        for _ in range(5):
+            got = generate(enabled, tiny.inputs(callback_on_step_end=on_step))
+            assert torch.equal(got, reference(tiny, plain, tiny.inputs(callback_on_step_end=on_step)))
+
+
+SCRIPT = f"""
+import os, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, cfg_parallel
+from tiny import TINY, generate
+tiny = TINY["qwen_image"]
+"""
+
+
+def test_killed_leader_leaves_no_follower() -> None:
+    script = (
+        SCRIPT
+        + """
+pipe = tiny.build().to("cuda")
+handle = cfg_parallel.enable_cfg_parallel(pipe)
+print(handle._leader.remotes[0].process.pid, flush=True)
+while True:
+    generate(pipe, tiny.inputs())
+"""
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as leader:
+        assert leader.stdout is not None
+        follower = psutil.Process(int(leader.stdout.readline()))
+        time.sleep(1)
+        assert follower.is_running()
+        leader.kill()
+        leader.wait(5)
+        psutil.wait_procs([follower], timeout=2)
+        assert not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        SCRIPT
+        + f"""
+rank = int(os.environ["RANK"])
+pipe = tiny.build().to(f"cuda:{{rank}}")
+expected = generate(pipe, tiny.inputs()).cpu()
+with cfg_parallel.enable_cfg_parallel(pipe) as handle:
+    for _ in range(2):
+        assert torch.equal(generate(pipe, tiny.inputs()).cpu(), expected)
+    if rank == 0:
+        assert handle.report.transport == "nccl" and handle.report.parallel_steps == 3, handle.report
+open({str(tmp_path)!r} + f"/done{{rank}}", "w").close()
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()

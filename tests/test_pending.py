@@ -91,8 +91,9 @@ _ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
 
 
 def metadata(t: torch.Tensor) -> tuple[Any, ...]:
-    """An empty tensor's strides mean nothing, and PyTorch's own kernels disagree about them."""
-    return t.shape, t.stride() if t.numel() else None, t.dtype, t.device
+    """Strides count where a dimension has more than one element; elsewhere PyTorch's own kernels disagree about them."""
+    strides = [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1] if t.numel() else None
+    return t.shape, strides, t.dtype, t.device
 
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
@@ -435,7 +436,8 @@ def test_in_place(name: str, state: str, inference: bool) -> None:
     x = torch.randn(4, 4)
     with torch.inference_mode(inference):
 
-        def run(p: Any) -> tuple[list[Any], Any]:
+        def run(wrap: Callable[[torch.Tensor], Any]) -> tuple[list[Any], Any]:
+            p = wrap(x.clone())
             if state == "recorded":
                 p = p * 2
             if state == "settled":
@@ -443,7 +445,7 @@ def test_in_place(name: str, state: str, inference: bool) -> None:
             other: Any = torch.ones(4, 4)
             if state == "mixed":  # recorded, with the settled value of `p` as an operand
                 settle(p)
-                other = pend(other)
+                other = wrap(other)
             before = p + other
             view = p[2:]
             if state == "read":
@@ -451,7 +453,7 @@ def test_in_place(name: str, state: str, inference: bool) -> None:
             result = INPLACE[name](p)
             return [p, view, p * 2] + ([result] if isinstance(result, torch.Tensor) else []), before
 
-        (expected, before), (got, recorded) = run(x.clone()), run(pend(x.clone()))
+        (expected, before), (got, recorded) = run(lambda t: t), run(pend)
         for g, e in zip(got, expected, strict=True):
             assert same(g, e)
             assert (g.shape, g.stride()) == (e.shape, e.stride())
@@ -461,6 +463,15 @@ def test_in_place(name: str, state: str, inference: bool) -> None:
             except RecordingError:
                 return  # loud is good enough where a settled prediction is written to by way of a view
         assert same(recorded, before)
+
+
+def test_in_place_where_strides_are_ambiguous() -> None:
+    """Of a dimension of size 1, that is: the meta kernel's stride is not the CPU kernel's."""
+    x = torch.randn(1, 2, 2)[..., ::2]
+    for value in (x, x.expand(3, 2, 1), torch.randn(0, 4).t()):
+        p = pend(value) + 1.5
+        p.add_(1)
+        assert same(p, value + 1.5 + 1)
 
 
 def test_in_place_returns_the_tensor_itself() -> None:
@@ -554,7 +565,6 @@ def test_out_of_another_shape() -> None:
 
 @pytest.mark.parametrize("name", ["unsqueeze_", "squeeze_", "t_", "resize_"])
 def test_change_of_shape_in_place_says_no_and_harms_nothing(name: str) -> None:
-    """Or does it: what counts is that the prediction and its value never disagree."""
     p = pend(torch.arange(6.0).view(1, 6))
     arguments = {"unsqueeze_": (0,), "resize_": (2, 3)}.get(name, ())
     try:
@@ -566,7 +576,6 @@ def test_change_of_shape_in_place_says_no_and_harms_nothing(name: str) -> None:
 
 
 LEAKS: dict[str, Callable[[Any], Any]] = {
-    "settle": lambda p: settle(p).zero_(),
     "numpy": lambda p: p.numpy().fill(0),
     "asarray": lambda p: np.asarray(p).fill(0),
     "from_dlpack": lambda p: torch.from_dlpack(p).zero_(),
@@ -698,7 +707,6 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "real": lambda p: torch.view_as_complex(p.view(3, 2, 2)).conj().real,
     "where": lambda p: torch.where(p > 0, p, 0.0),
     "foreach": lambda p: torch._foreach_mul([p, p], 2.0)[1],
-    "parameter": lambda p: torch.nn.Parameter(p).detach() + 1,
     "module": lambda p: torch.nn.LayerNorm(4)(p),
     "jit": lambda p: torch.jit.trace(lambda t: t * 2 + 1, torch.ones(3, 4))(p),
     "compile": lambda p: torch.compile(lambda t: t * 2 + 1, backend="eager")(p),
@@ -737,16 +745,6 @@ def test_deepcopy_is_no_alias() -> None:
     assert both[0] is both[1]
     both[0].zero_()
     assert same(p, torch.ones(2))
-
-
-def test_data_can_be_set() -> None:
-    p = pend(torch.ones(2))
-    p.data = torch.zeros(2)
-    assert same(p, torch.zeros(2)) and same(p + 1, torch.ones(2))
-
-
-def test_tensor_of_0_dim_predictions() -> None:
-    assert same(torch.tensor([pend(torch.tensor(1.5)), pend(torch.tensor(2.5))]), torch.tensor([1.5, 2.5]))
 
 
 # Random numbers.

@@ -55,8 +55,9 @@ class Call:
         with contextlib.ExitStack() as stack:
             if self.context is not None and self.context is not self.denoiser.context:
                 stack.enter_context(self.denoiser.module.cache_context(self.context[0], **self.context[1]))  # type: ignore[operator]
-            if self.autocast is not None and not torch.is_autocast_enabled(device.type):
-                stack.enter_context(torch.autocast(device.type, dtype=self.autocast))
+            now = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+            if self.autocast != now:
+                stack.enter_context(torch.autocast(device.type, self.autocast, enabled=self.autocast is not None))
             args, kwargs = self.args, self.kwargs
             if self.is_part:
                 args, kwargs = map_tensors(args, Rows.tensor, Rows), map_tensors(kwargs, Rows.tensor, Rows)
@@ -73,6 +74,8 @@ class Call:
         """The call of each of `branches` equal groups of rows. A tensor of other rows than the main input is whole."""
         rows = self.rows()
         size = rows // branches
+        if size * branches != rows:
+            raise ValueError(f"Expected a multiple of {branches} rows, but got {rows}.")
 
         def part(branch: int, obj: Any) -> Any:
             def take(tensor: torch.Tensor) -> torch.Tensor | Rows:

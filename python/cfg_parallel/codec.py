@@ -52,8 +52,9 @@ class TensorSpec:
             raise UnshippableError(f"Expected strided tensors, but got layout {tensor.layout}; convert it to strided.")
         if tensor.device.type not in ("cpu", device.type):
             raise UnshippableError(f"Expected a tensor on cpu or {device}, but got one on {tensor.device}.")
-        stride = tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
-        offset = tensor.data_ptr() % _CACHE_LINE if is_dense(tensor) else 0
+        stride = tensor.stride() if is_dense(tensor) else torch.empty_like(tensor, device="meta").stride()
+        aligned = is_dense(tensor) and tensor.data_ptr() % tensor.itemsize == 0
+        offset = tensor.data_ptr() % _CACHE_LINE if aligned else 0
         return cls(tuple(tensor.shape), tuple(stride), tensor.dtype, tensor.device.type == device.type, offset)
 
     def empty(self, device: torch.device) -> torch.Tensor:
@@ -84,7 +85,7 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of `tensor` in memory order as a 1-D uint8 tensor; a view when the tensor is dense."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if not is_dense(tensor):
-        tensor = tensor.contiguous()
+        tensor = tensor.clone()  # with the strides of `empty_like`
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
@@ -119,6 +120,10 @@ _PLAIN = (
     type,
     types.FunctionType,
     types.BuiltinFunctionType,
+    types.EllipsisType,
+    complex,
+    range,
+    slice,
     tuple,
     list,
     dict,
@@ -241,9 +246,9 @@ def signature(obj: Any) -> Any:
 
     Two calls with equal signatures have outputs of equal shape: a float (a guidance strength, a timestep) sets none."""
     if isinstance(obj, Rows):
-        return ("tensor", (obj.stop - obj.start, *obj.base.shape[1:]), obj.base.dtype)
-    if isinstance(obj, torch.Tensor):
-        return ("tensor", tuple(obj.shape), obj.dtype)
+        obj = obj.tensor()
+    if isinstance(obj, torch.Tensor):  # an output's strides follow its input's
+        return ("tensor", tuple(obj.shape), obj.dtype, None if obj.is_contiguous() else obj.stride())
     if isinstance(obj, float):
         return float
     if isinstance(obj, (tuple, list)):

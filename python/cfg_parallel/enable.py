@@ -22,6 +22,7 @@ from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.remote import RemoteFollower
 from cfg_parallel.replica import fingerprint
 from cfg_parallel.report import Report, median
+from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.transports import resolve
 
 _GUIDANCE_ARGUMENTS = (
@@ -233,14 +234,10 @@ class Leading(CfgParallel):
         on_gpu = self.devices[0].type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.devices[0])
-
-        def elapsed(start: Any, end: Any) -> float:
-            return start.elapsed_time(end) if on_gpu else (end - start) * 1e3
-
-        forwards = [elapsed(*marks) for marks in generation.forwards]
+        forwards = [elapsed_ms(*marks) for marks in generation.forwards]
         statistics = [remote.statistics() for remote in remotes if remote.check() is None]
         remote_forwards = [ms for each in statistics for ms in each["forward_ms"]]
-        waits = sum(elapsed(*marks) for remote in remotes for marks in remote.sent.gpu_waits)
+        receives = sum(elapsed_ms(*marks) for remote in remotes for marks in remote.sent.receives)
         launch_waits = sum(remote.sent.wait_ms for remote in remotes)
         peaks = [each["peak_bytes"] for each in statistics if each["peak_bytes"] is not None]
         return Report(
@@ -257,7 +254,7 @@ class Leading(CfgParallel):
             bytes_from_followers=sum(remote.sent.bytes_back for remote in remotes),
             ship_ms=sum(remote.sent.ship_ms for remote in remotes),
             launch_wait_ms=launch_waits,
-            leader_wait_ms=waits if on_gpu else launch_waits,
+            leader_wait_ms=receives if on_gpu else launch_waits,
             follower_wait_ms=sum(each["wait_ms"] for each in statistics),
             leader_forward_ms=median(forwards),
             follower_forward_ms=median(remote_forwards),

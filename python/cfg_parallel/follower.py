@@ -21,6 +21,7 @@ from cfg_parallel.codec import decode, encode_plain
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.link import Link
 from cfg_parallel.replica import receive_replica
+from cfg_parallel.timing import Mark, elapsed_ms, mark
 from cfg_parallel.transports.nccl import NcclTransport
 
 _ORPHAN_CHECK = 0.5  # seconds; the leader's death ends its followers within 2 s
@@ -34,7 +35,7 @@ class Follower:
         self._own = own or {}
         self._denoisers: dict[str, torch.nn.Module] = {}
         self._residents: dict[Any, list[torch.Tensor]] = {}
-        self._timings: list[tuple[Any, Any]] = []
+        self._timings: list[tuple[Mark, Mark]] = []
 
     def serve(self) -> Any:
         """Answer messages until the leader says `close` (gives None) or `output` (gives the leader's output)."""
@@ -94,7 +95,7 @@ class Follower:
         (args, kwargs), context = decode(header["body"], tensors)
         module = self._denoisers[slot[0]]
         autocast = header["autocast"]
-        start = self._mark()
+        start = mark(self._link.device)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if autocast is not None:
@@ -102,7 +103,7 @@ class Follower:
             if context is not None:
                 stack.enter_context(module.cache_context(context[0], **context[1]))  # type: ignore[operator]
             output = module(*args, **kwargs)
-        self._timings.append((start, self._mark()))
+        self._timings.append((start, mark(self._link.device)))
         if versions != [tensor._version for tensor in tensors]:
             self._residents.pop(slot)
             raise RuntimeError(
@@ -116,21 +117,10 @@ class Follower:
         on_gpu = self._link.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self._link.device)
-
-        def elapsed(start: Any, end: Any) -> float:
-            return start.elapsed_time(end) if on_gpu else (end - start) * 1e3
-
-        forwards = [elapsed(*marks) for marks in self._timings]
-        gaps = [elapsed(before[1], after[0]) for before, after in itertools.pairwise(self._timings)]
+        forwards = [elapsed_ms(*marks) for marks in self._timings]
+        gaps = [elapsed_ms(before[1], after[0]) for before, after in itertools.pairwise(self._timings)]
         peak = torch.cuda.max_memory_allocated(self._link.device) if on_gpu else None
         self._link.send({"kind": "statistics", "forward_ms": forwards, "wait_ms": sum(gaps), "peak_bytes": peak})
-
-    def _mark(self) -> Any:
-        if self._link.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._link.device))
-        return event
 
 
 def _end_with(parent: int) -> None:

@@ -30,6 +30,7 @@ from cfg_parallel.pending import (
     settle,
 )
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
+from cfg_parallel.timing import Mark, mark
 
 _LEARNED_LIMIT = 4096  # signatures; a server with prompts of every length must not grow
 # A split by rows runs other kernels, which round otherwise; a wrong split changes the result. Relative 2-norms.
@@ -58,7 +59,7 @@ class Generation:
     step: Step = field(default_factory=Step)
     steps: list[Step] = field(default_factory=list)
     local_calls: int = 0
-    forwards: list[tuple[Any, Any]] = field(default_factory=list)  # marks around each local forward
+    forwards: list[tuple[Mark, Mark]] = field(default_factory=list)  # around each local forward
     notes: dict[str, int] = field(default_factory=dict)  # reason -> how often
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
@@ -144,18 +145,11 @@ class Leader:
             generation.step = Step()
 
     def _run(self, generation: Generation, call: Call) -> Any:
-        start = self._mark()
+        start = mark(self.device)
         output = call.run(self.device)
-        generation.forwards.append((start, self._mark()))
+        generation.forwards.append((start, mark(self.device)))
         generation.local_calls += 1
         return output
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
 
     # One call, run here.
 

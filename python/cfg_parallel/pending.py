@@ -92,6 +92,7 @@ _ROW_SPLITS = frozenset([aten.split.Tensor, aten.split_with_sizes.default, aten.
 
 _metadata: dict[Any, Any] = {}  # (op, operand metadata) -> result metadata; a generation repeats a few dozen keys
 _METADATA_LIMIT = 16_384
+_NOT_IN_PLACE = "use the form of it that returns a new tensor."
 
 
 class _Recording(threading.local):
@@ -228,7 +229,7 @@ def pending_outputs(
 
     `rows` > 0 asks to note into how many parts dim 0 is taken apart (`Node.row_splits`)."""
     node = Node(None, force=force)
-    node.leaf, node.rows = (node, rows) if rows else (None, 0)
+    node.rows = rows
     return node, [PendingPrediction(node, i, *spec) for i, spec in enumerate(specs)]
 
 
@@ -314,6 +315,8 @@ def _replay(node: Node) -> None:
 
 def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An in-place or `out=` op: whatever was recorded before must read the old values, so it is replayed first."""
+    if torch.Tag.inplace_view in func.tags:
+        raise NotImplementedError(f"`{func}` changes the layout of a prediction in place; {_NOT_IN_PLACE}")
     for node in list(_recording.unsettled):
         if node.op is not None and node.values is None:  # an output that no op has read aliases nothing
             _replay(node)
@@ -323,12 +326,8 @@ def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     for value in map(settle, _pendings([args[i] if i < len(args) else kwargs.get(name) for i, name in writes])):
         if not value.is_inference():
             torch.autograd.graph.increment_version(value)  # below autograd, where this runs, no op counts versions
-    for pending in pendings:
-        value = settle(pending)
-        if value.shape != pending.shape or value.stride() != pending.stride():
-            raise NotImplementedError(
-                f"`{func}` changes the shape of a prediction in place; use the form of it that returns a new tensor."
-            )
+    if any(settle(pending).shape != pending.shape for pending in pendings):
+        raise NotImplementedError(f"`{func}` changes the shape of a prediction in place; {_NOT_IN_PLACE}")
 
     def rewrap(result: Any) -> Any:
         return next((p for p in pendings if settle(p) is result), result)
@@ -348,28 +347,11 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return None
     versions: list[tuple[torch.Tensor, int]] = []
     key_parts: list[Any] = []
-
-    def freeze(obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor):
-            key_parts.append((tuple(obj.shape), obj.stride(), obj.dtype))
-            if is_unsettled(obj):
-                return obj
-            obj = settle(obj)
-            if obj.is_inference():  # has no version to check, so a later write would go unseen
-                return obj.clone()
-            versions.append((obj, obj._version))
-            return obj
-        if isinstance(obj, (tuple, list)):
-            key_parts.append(len(obj))
-            return type(obj)(freeze(item) for item in obj)
-        key_parts.append(float if isinstance(obj, float) else (type(obj), obj))  # a float's value sets no shape
-        return obj
-
-    args = tuple(freeze(arg) for arg in args)
-    kwargs = {name: freeze(value) for name, value in kwargs.items() if not (name == "pin_memory" and not value)}
-    del freeze  # it refers to itself: a cycle, which would keep the operands until the garbage collector runs
+    kwargs = {name: value for name, value in kwargs.items() if not (name == "pin_memory" and not value)}
+    args = tuple(_freeze(arg, key_parts, versions) for arg in args)
+    kwargs = {name: _freeze(value, key_parts, versions) for name, value in kwargs.items()}
     try:
-        key: Any = (func, *key_parts, *kwargs)
+        key: Any = (func, torch.get_default_dtype(), *key_parts, *kwargs)
         known = _metadata.get(key)
     except TypeError:
         key, known = None, None
@@ -384,6 +366,24 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _follow_rows(node, func, args, specs, waiting)
     outs = [PendingPrediction(node, i, *spec, device) for i, spec in enumerate(specs)]  # type: ignore[call-arg]
     return container(outs) if container is not None else outs[0]
+
+
+def _freeze(obj: Any, key_parts: list[Any], versions: list[tuple[torch.Tensor, int]]) -> Any:
+    """An operand as a recording keeps it. Notes what decides the result's metadata, and a plain tensor's version."""
+    if isinstance(obj, torch.Tensor):
+        key_parts.append((tuple(obj.shape), obj.stride(), obj.dtype))
+        if is_unsettled(obj):
+            return obj
+        obj = settle(obj)
+        if obj.is_inference():  # has no version to check, so a later write would go unseen
+            return obj.clone()
+        versions.append((obj, obj._version))
+        return obj
+    if isinstance(obj, (tuple, list)):
+        key_parts.append(len(obj))
+        return type(obj)(_freeze(item, key_parts, versions) for item in obj)
+    key_parts.append(float if isinstance(obj, float) else (type(obj), obj))  # a float's value sets no shape
+    return obj
 
 
 def _infer_metadata(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -404,7 +404,7 @@ def _infer_metadata(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _follow_rows(node: Node, func: Any, args: Any, specs: Any, waiting: list[PendingPrediction]) -> None:
     """Note on a call's node into how many equal parts its rows are taken apart: that tells a batch of CFG branches."""
     parent = waiting[0]._node
-    leaf = parent.leaf
+    leaf = parent.leaf if parent.op is not None else parent if parent.rows else None
     if leaf is None or args[0] is not waiting[0] or not specs:
         return
     shape = specs[0][0]

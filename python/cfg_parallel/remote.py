@@ -25,6 +25,7 @@ from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.link import Link
 from cfg_parallel.pending import settle
 from cfg_parallel.replica import send_replica
+from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.nccl import NcclTransport
 
 _START_TIMEOUT = 180.0  # seconds: importing torch and diffusers from a cold disk takes most of a minute
@@ -69,7 +70,7 @@ class Sent:
     bytes_back: int = 0
     ship_ms: float = 0.0
     wait_ms: float = 0.0  # the host's wait for launches
-    gpu_waits: list[tuple[Any, Any]] = field(default_factory=list)  # event pairs around receives
+    receives: list[tuple[Mark, Mark]] = field(default_factory=list)
 
 
 class RemoteFollower:
@@ -198,19 +199,11 @@ class RemoteFollower:
         while call.tensors is None:
             earliest = self._unpulled[0]
             header = self.read_until(earliest)
-            on_gpu = self.link.device.type == "cuda"
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
-            if events:
-                events[0].record()
-            start, before = time.perf_counter(), self.link.bytes_received
+            start, before = mark(self.link.device), self.link.bytes_received
             with self._watch():
                 earliest.tensors = self.link.pull(header)
             self.sent.bytes_back += self.link.bytes_received - before
-            if events:
-                events[1].record()
-                self.sent.gpu_waits.append((events[0], events[1]))
-            elif not on_gpu:
-                self.sent.ship_ms += (time.perf_counter() - start) * 1e3
+            self.sent.receives.append((start, mark(self.link.device)))
             earliest.pins = ()
             self._unpulled.popleft()
 

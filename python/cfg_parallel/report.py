@@ -75,9 +75,11 @@ class Report:
             return ""
         given = ", ".join(f"{name}={value}" for name, value in self.guidance.items() if name != "negative_prompt")
         hint = f": {given}" if given else ""
-        if "negative_prompt" in self.guidance and not self.guidance["negative_prompt"]:
+        if self.guidance.get("negative_prompt", "") is None:
             hint += "; a negative prompt is needed" if "true_cfg_scale" in self.guidance else ""
-        scales = [v for name, v in self.guidance.items() if name.endswith("scale") and isinstance(v, (int, float))]
+        # Beside `true_cfg_scale`, `guidance_scale` is an input of a distilled model.
+        names = ["true_cfg_scale"] if "true_cfg_scale" in self.guidance else [n for n in self.guidance if "scale" in n]
+        scales = [self.guidance[name] for name in names if isinstance(self.guidance[name], (int, float))]
         if scales and max(scales) <= 1:
             hint += "; a scale above 1 turns it on"
         return hint
