@@ -217,6 +217,8 @@ def guidance_changes(bench: Bench) -> float:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     import cfg_parallel
 
+    if args.devices[0].startswith("cuda"):
+        torch.cuda.set_device(args.devices[0])  # the clock's events are recorded on the current device
     bench = Bench(args)
     effect = guidance_changes(bench)  # also the warm-up of the one-GPU runs
     say(f"warm; guidance changes {effect:.0%} of the picture")
@@ -263,6 +265,7 @@ def row(
         "steps": args.steps,
         "mode": mode,
         "transport": None if mode == ONE_GPU else report.get("transport", args.transport),
+        "devices": args.devices[0] if mode == ONE_GPU else ",".join(args.devices),
         "ms": round(median, 3),
         "ms_p10": round(float(p10), 3),
         "ms_p90": round(float(p90), 3),

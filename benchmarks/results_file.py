@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 # A new measurement of the same configuration replaces the old one.
-KEY = ("bench", "model", "size", "steps", "mode", "transport")
-TABLE = ("model", "size", "steps", "mode", "transport", "ms", "total_s", "speedup", "speedup_total", "equal")
+KEY = ("bench", "model", "size", "steps", "mode", "transport", "devices")
+TABLE = ("model", "size", "steps", "mode", "transport", "devices", "ms", "total_s", "speedup", "speedup_total", "equal")
 
 
 def merge_rows(path: Path, rows: list[dict[str, Any]]) -> None:

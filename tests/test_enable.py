@@ -223,19 +223,19 @@ def _no_process(*args: Any) -> RemoteFollower:
 
 
 def test_one_gpu_visible(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cfg_parallel import enable
+    from cfg_parallel import discovery
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigurationError, match="needs 2 GPUs, but 1 is visible; check CUDA_VISIBLE_DEVICES"):
-        enable._choose_devices(torch.device("cuda", 0), 2, None, None)
+        discovery.choose_devices(torch.device("cuda", 0), 2, None, None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigurationError, match="same GPU is named twice"):
-        enable._choose_devices(torch.device("cuda", 0), 2, ["cuda:0", "cuda:0"], None)
+        discovery.choose_devices(torch.device("cuda", 0), 2, ["cuda:0", "cuda:0"], None)
     with pytest.raises(ConfigurationError, match="first device to be the pipeline's own"):
-        enable._choose_devices(torch.device("cuda", 0), 2, ["cuda:1", "cuda:0"], None)
+        discovery.choose_devices(torch.device("cuda", 0), 2, ["cuda:1", "cuda:0"], None)
     with pytest.raises(ConfigurationError, match="GPUs only or CPUs only"):
-        enable._choose_devices(torch.device("cuda", 0), 2, ["cuda:0", "cpu"], None)
-    assert enable._choose_devices(torch.device("cuda", 1), 2, None, None) == [
+        discovery.choose_devices(torch.device("cuda", 0), 2, ["cuda:0", "cpu"], None)
+    assert discovery.choose_devices(torch.device("cuda", 1), 2, None, None) == [
         torch.device("cuda", 1),
         torch.device("cuda", 0),
     ]
@@ -251,7 +251,8 @@ def test_not_a_pipeline_and_no_denoiser(pipe: Any) -> None:
         enable_cfg_parallel("Qwen/Qwen-Image")
 
     class NoDenoiser:
-        components = {"vae": pipe.vae, "text_encoder": None}
+        def __init__(self) -> None:
+            self.components = {"vae": pipe.vae, "text_encoder": None}
 
     with pytest.raises(ConfigurationError, match="has no denoiser"):
         enable_cfg_parallel(NoDenoiser())

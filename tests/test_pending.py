@@ -70,7 +70,7 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 
 def check(fn: Callable[..., Any], values: Sequence[torch.Tensor]) -> list[Any]:
-    """`fn` of pending predictions is `fn` of their values, and says so before it is computed. Returns the op results."""
+    """`fn` of pending predictions is `fn` of their values, and knows their metadata before. Returns its results."""
     try:
         expected = fn(*(v.clone() if v.is_contiguous() else v for v in values))
     except _ERRORS:
@@ -91,7 +91,7 @@ _ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
 
 
 def metadata(t: torch.Tensor) -> tuple[Any, ...]:
-    """Strides count where a dimension has more than one element; elsewhere PyTorch's own kernels disagree about them."""
+    """Strides count where a dimension has more than one element; elsewhere PyTorch's kernels disagree about them."""
     strides = [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1] if t.numel() else None
     return t.shape, strides, t.dtype, t.device
 
@@ -110,8 +110,7 @@ def tensors(draw: Any, min_dim: int = 0) -> torch.Tensor:
     if layout == "strided" and shape:
         value = torch.randn([*shape[:-1], shape[-1] * 2], generator=generator)[..., ::2]
     elif layout == "expanded" and shape:
-        value = torch.randn([1, *shape[1:]], generator=generator).to(draw(dtypes)).expand(shape)
-        return value
+        return torch.randn([1, *shape[1:]], generator=generator).to(draw(dtypes)).expand(shape)
     else:
         value = torch.randn(shape, generator=generator)
     value = value.to(draw(dtypes)) if layout != "strided" else value
@@ -337,7 +336,8 @@ def denoise(
     scheduler = cls(**config)
     scheduler.set_timesteps(4)
     generator = torch.Generator().manual_seed(0)
-    latents: Any = torch.randn(1, 4, 6, 6, generator=generator).to(dtype) * float(getattr(scheduler, "init_noise_sigma", 1))
+    sigma = float(getattr(scheduler, "init_noise_sigma", 1))
+    latents: Any = torch.randn(1, 4, 6, 6, generator=generator).to(dtype) * sigma
     extra = {k: generator if k == "generator" else v for k, v in options.items()}
     torch.manual_seed(0)
     kinds = []
@@ -700,7 +700,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "contiguous": lambda p: p.T.contiguous(),
     "storage": lambda p: bytes(p.untyped_storage()),
     "nbytes": lambda p: (p.nbytes, p.element_size(), p.storage_offset(), p[1:].storage_offset()),
-    "facts": lambda p: (p.is_contiguous(), p.dim(), p.size(), p.stride(), p.requires_grad, p.is_floating_point(), p.ndim),
+    "facts": lambda p: (p.is_contiguous(), p.dim(), p.size(), p.stride(), p.requires_grad, p.ndim),
     "isinstance": lambda p: (isinstance(p, torch.Tensor), torch.is_tensor(p), torch.is_floating_point(p)),
     "chunk": lambda p: p.chunk(2, 1)[1],
     "tensor_split": lambda p: p.tensor_split(2)[1],
@@ -854,7 +854,7 @@ def test_gradient_through_a_denoiser(generation: bool) -> None:
 
 @pytest.mark.gpu
 def test_replay_is_outside_autocast() -> None:
-    """The casts of autocast come before an op is recorded; at replay they would be applied a second time, or too late."""
+    """The casts of autocast come before an op is recorded; at replay they would come a second time, or too late."""
     x = torch.randn(4, 4, device="cuda", dtype=torch.float16)
     q = pend(x).pow(2).sum()
     with torch.autocast("cuda", torch.float16):
@@ -952,7 +952,7 @@ def test_unused_call_is_freed_without_the_cycle_collector(rows: int) -> None:
 
 
 def test_other_threads_predictions_are_left_alone() -> None:
-    """Two pipelines in two threads: an in-place op of one must not settle, and so talk to the follower of, the other."""
+    """Two pipelines in two threads: an in-place op of one must not settle, so talk to the follower of, the other."""
     forced_by: list[int] = []
 
     def force() -> Sequence[torch.Tensor]:
@@ -1054,7 +1054,11 @@ FLOAT_VARIANTS: dict[str, list[Callable[[Any], Any]]] = {
         for d in (0, 1, (0, 1))
         for k in (False, True)
     ]
-    + [lambda p: torch.norm(p), lambda p: torch.norm(p, dtype=torch.float64), lambda p: p.norm(2, 1, dtype=torch.float64)],
+    + [
+        lambda p: torch.norm(p),
+        lambda p: torch.norm(p, dtype=torch.float64),
+        lambda p: p.norm(2, 1, dtype=torch.float64),
+    ],
     "vector norm": [
         lambda p, kwargs=kwargs: torch.linalg.vector_norm(p, **kwargs)
         for kwargs in ({"ord": 2}, {"ord": 2, "dim": 1}, {"dim": 1, "keepdim": True}, {"dtype": torch.float64})

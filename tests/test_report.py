@@ -36,7 +36,7 @@ def report(**changes: Any) -> Report:
 
 def off(**guidance: Any) -> str:
     return report(
-        guided_steps=0, parallel_steps=0, calls_shipped=0, follower_forward_ms=None, follower_busy_ms=0.0, guidance=guidance
+        guided_steps=0, parallel_steps=0, follower_forward_ms=None, follower_busy_ms=0.0, guidance=guidance
     ).why
 
 
@@ -92,7 +92,7 @@ def test_guidance_off_by_both() -> None:
 
 
 def test_true_guidance_is_not_hidden_by_distilled_guidance() -> None:
-    """Flux as it comes: `guidance_scale` is an input of the model there, and `true_cfg_scale` is what turns guidance on."""
+    """Flux as it comes: `guidance_scale` is an input of the model there, `true_cfg_scale` is what turns guidance on."""
     why = off(true_cfg_scale=1.0, guidance_scale=3.5, negative_prompt="blurry")
     assert "true_cfg_scale=1.0" in why and "a scale above 1" in why
     why = off(true_cfg_scale=4.0, guidance_scale=1.0, negative_prompt=None)

@@ -1,4 +1,4 @@
-"""The host and NCCL transports between two processes: every byte arrives, nothing grows, and a peer's death is noticed."""
+"""The host and NCCL transports between two processes: every byte arrives, nothing grows, a peer's death is noticed."""
 
 from __future__ import annotations
 
@@ -194,10 +194,7 @@ def test_pull_into(shared_peer: Peer) -> None:
     link = shared_peer.link
     value = torch.randn(4, 6)
     for target in (torch.zeros(4, 6), torch.zeros(6, 4).t(), torch.zeros(4, 12)[:, ::2], torch.zeros(8, 6)[1:5]):
-        link.send({"kind": "echo", "number": 0}, [value if target.is_contiguous() else value.clone()])
-        if target.stride() != value.stride() and target.t().is_contiguous():
-            link.pull(link.read(30))  # the sender's layout is the agreement; this one is for `echo` of a transposed one
-            link.send({"kind": "echo", "number": 0}, [value.t().contiguous().t()])
+        link.send({"kind": "echo", "number": 0}, [torch.empty_like(target).copy_(value)])
         link.pull_into(link.read(30), [target])
         assert torch.equal(target, value)
 
@@ -205,7 +202,7 @@ def test_pull_into(shared_peer: Peer) -> None:
 def test_segments_are_used_again_and_descriptors_do_not_grow(peer: Peer) -> None:
     def run() -> None:
         for seed in range(30):
-            tensors = random_tensors(seed) + [torch.ones(1 << (10 + seed % 12))]
+            tensors = [*random_tensors(seed), torch.ones(1 << (10 + seed % 12))]
             assert equal(peer.echo(tensors), tensors)
 
     run()
@@ -311,12 +308,9 @@ def pickled(header: Any) -> bytes:
         struct.pack("!i", 4) + b"\x80\x05K",
         struct.pack("!i", 8) + b"garbage!",
         struct.pack("!i", 0),
-        pickled({"descriptor": None}),
-        pickled([1, 2]),
         pickled({"kind": "echo", "specs": [], "inline": [], "pulled": 0, "descriptor": (0, 1 << 20, True)}),
-        pickled({"kind": "echo", "specs": [], "inline": [], "pulled": 5, "descriptor": None}),
     ],
-    ids=["huge", "over the limit", "cut", "cut pickle", "garbage", "empty", "no fields", "no dict", "no fd", "too many"],
+    ids=["huge", "over the limit", "cut", "cut pickle", "garbage", "empty", "no fd"],
 )
 def test_corrupt_stream(raw: tuple[Link, socket.socket], data: bytes) -> None:
     """One kind of error whatever is wrong with the stream, so that the leader goes on alone."""

@@ -38,6 +38,8 @@ class Call:
     def of(cls, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Call:
         enabled = torch.is_autocast_enabled(device.type)
         autocast = torch.get_autocast_dtype(device.type) if enabled else None
+        if torch.is_inference_mode_enabled():  # no version to check before the call is run again, so keep copies
+            args, kwargs = map_tensors(args, _copied), map_tensors(kwargs, _copied)
         call = cls(denoiser, args, kwargs, denoiser.context, autocast)
         call._versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
         return call
@@ -86,6 +88,10 @@ class Call:
         return [
             replace(self, args=part(b, self.args), kwargs=part(b, self.kwargs), is_part=True) for b in range(branches)
         ]
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _length(tensor: torch.Tensor) -> int:

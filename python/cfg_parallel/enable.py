@@ -20,7 +20,7 @@ from cfg_parallel.leader import Generation, Leader
 from cfg_parallel.patch import CfgParallel, denoiser_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.remote import RemoteFollower
-from cfg_parallel.replica import fingerprint
+from cfg_parallel.replica import fingerprint, weights_of
 from cfg_parallel.report import Report, median
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.transports import resolve
@@ -126,6 +126,7 @@ class Leading(CfgParallel):
         self._generation: Generation | None = None
         self._shipped: dict[str, Any] = {}
         self._guidance: dict[str, Any] = {}
+        self._weights: dict[str, tuple[list[torch.Tensor], list[int]]] = {}
         self._spmd = spmd.rank() is not None
         try:
             self._connect(remotes)
@@ -155,12 +156,16 @@ class Leading(CfgParallel):
         for remote in remotes:
             remote.ship_denoiser(denoiser.name, denoiser.module)
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
+        weights = weights_of(denoiser.module)
+        self._weights[denoiser.name] = (weights, [tensor._version for tensor in weights])
 
     def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._leader.generation is not None:  # a pipeline that calls itself, or a callback that does
             return call(*args, **kwargs)
         self._refresh()
         self._report, self._guidance = None, {}
+        has_callback = any("callback" in name and value is not None for name, value in kwargs.items())
+        self._leader.before_step = self._ship_changed_weights if has_callback else None
         self._leader.begin()
         output: Any = None
         failure: str | None = "the pipeline was interrupted"
@@ -176,8 +181,6 @@ class Leading(CfgParallel):
             raise
         finally:
             self._generation = self._leader.end()
-            for denoiser in self._denoisers.values():
-                self._shipped[denoiser.name] = fingerprint(denoiser.module)
             if self._spmd:  # the other ranks answer only until they have the output
                 self._report = self._make_report(self._generation)
                 for remote in self._leader.remotes:
@@ -219,9 +222,14 @@ class Leading(CfgParallel):
             elif fingerprint(denoiser.module) != self._shipped[name]:
                 self._ship(denoiser, self._leader.remotes)
 
+    def _ship_changed_weights(self) -> None:
+        """Before a step: a callback may have written into the weights. Other changes wait for the next generation."""
+        for name, (weights, versions) in self._weights.items():
+            if [tensor._version for tensor in weights] != versions:
+                self._ship(self._denoisers[name], [r for r in self._leader.remotes if r.lost is None])
+
     @property
     def report(self) -> Report:
-        """What happened in the last generation. Waits for the device the first time it is asked for."""
         with self._lock:
             if self._report is None:
                 if self._generation is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,7 @@ class Leader:
         self.device = device
         self.remotes = remotes
         self.generation: Generation | None = None
+        self.before_step: Callable[[], None] | None = None
         self._expected = 1  # calls in a step, as the last step had them
         self._templates: dict[Any, Template] = {}
         self._splits: dict[Any, int] = {}  # signature -> branches in the batch
@@ -105,6 +106,14 @@ class Leader:
     def dispatch(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `denoiser(*args, **kwargs)` gives, as pending predictions where that helps."""
         generation = self.generation
+        if torch.is_grad_enabled():  # the arguments as they are: what is pending may be differentiated too
+            if generation is not None:
+                generation.note("gradients were enabled, and a prediction from another process has none")
+                self._end_step(generation)
+                generation.step.branches += 1
+                generation.local_calls += 1
+                self._end_step(generation)
+            return denoiser.module(*args, **kwargs)
         pendings = [t for t in tensors_in((args, kwargs)) if isinstance(t, PendingPrediction)]
         depends = any(is_unsettled(tensor) for tensor in pendings)
         if pendings:
@@ -114,12 +123,8 @@ class Leader:
         if depends or any(node.values is not None for node in generation.step.nodes):
             self._end_step(generation)
         step = generation.step
-        if torch.is_grad_enabled():
-            generation.note("gradients were enabled, and a prediction from another process has none")
-            step.branches += 1
-            generation.local_calls += 1
-            self._end_step(generation)
-            return denoiser.module(*args, **kwargs)
+        if self.before_step is not None and not step.nodes:
+            self.before_step()
         call = Call.of(denoiser, args, kwargs, self.device)
         signature = call.signature()
         branches = self._splits.get(signature)

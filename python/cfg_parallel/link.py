@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cfg_parallel.codec import TensorSpec, flat_bytes
+from cfg_parallel.codec import TensorSpec, flat_bytes, is_dense
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.transports.host import HostTransport
 from cfg_parallel.transports.nccl import NcclTransport
@@ -63,7 +63,7 @@ class Link:
             header = pickle.loads(self._conn.recv_bytes(_MAX_HEADER))
             if header["descriptor"] is not None:
                 self.transport.accept(header["descriptor"], self._conn)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise FollowerLostError(f"the connection closed ({type(error).__name__})") from error
         self.transport.release(header["pulled"])
         return header
@@ -75,7 +75,8 @@ class Link:
         return tensors
 
     def pull_into(self, header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
-        flats = [flat_bytes(tensor) for tensor in tensors]
+        dense = [tensor if is_dense(tensor) else torch.empty_like(tensor).contiguous() for tensor in tensors]
+        flats = [flat_bytes(tensor) for tensor in dense]
         by_transport, inline = self._sort(flats)
         for flat, data in zip(inline, header["inline"], strict=True):
             if data:
@@ -83,6 +84,9 @@ class Link:
         if by_transport:
             self.transport.pull(header["descriptor"], by_transport)
             self._pulled += 1
+        for tensor, received in zip(tensors, dense, strict=True):
+            if received is not tensor:
+                tensor.copy_(received)
         self.bytes_received += sum(flat.numel() for flat in flats)
 
     def _sort(self, flats: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -2,59 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-# (holder, attribute); a setting that this build of PyTorch lacks is left alone on both sides.
-_SETTINGS = [
-    ("torch.backends.cuda.matmul", "allow_tf32"),
-    ("torch.backends.cuda.matmul", "allow_fp16_reduced_precision_reduction"),
-    ("torch.backends.cuda.matmul", "allow_bf16_reduced_precision_reduction"),
-    ("torch.backends.cuda.matmul", "allow_fp16_accumulation"),
-    ("torch.backends.cudnn", "enabled"),
-    ("torch.backends.cudnn", "allow_tf32"),
-    ("torch.backends.cudnn", "benchmark"),
-    ("torch.backends.cudnn", "deterministic"),
-]
-_SDP = ["flash", "mem_efficient", "math", "cudnn"]
+_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def _attribute(path: str) -> _Setting:
+    """A setting that is an attribute, such as `torch.backends.cudnn.enabled`."""
+    holder, name = path.removeprefix("torch.").rsplit(".", 1)
+    holder_of = operator.attrgetter(holder)
+    return lambda: getattr(holder_of(torch), name), lambda value: setattr(holder_of(torch), name, value)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_deterministic(state: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(state[0], warn_only=state[1])
+
+
+# In the order in which they are applied. TF32 has two sets of names: setting the old ones sets the new ones too, and once
+# a new one was set, PyTorch refuses to read the old ones. So the old ones come first, then the new ones that still differ.
+_SETTINGS: dict[str, _Setting] = {
+    "num_threads": (torch.get_num_threads, torch.set_num_threads),
+    "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "deterministic": (_deterministic, _set_deterministic),
+    "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+} | {
+    path: _attribute(path)
+    for path in (
+        "torch.backends.cuda.matmul.allow_tf32",
+        "torch.backends.cudnn.allow_tf32",
+        "torch.backends.fp32_precision",
+        "torch.backends.cuda.matmul.fp32_precision",
+        "torch.backends.cudnn.fp32_precision",
+        "torch.backends.cudnn.conv.fp32_precision",
+        "torch.backends.cudnn.rnn.fp32_precision",
+        "torch.backends.mkldnn.fp32_precision",
+        "torch.backends.mkldnn.matmul.fp32_precision",
+        "torch.backends.mkldnn.conv.fp32_precision",
+        "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+        "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+        "torch.backends.cuda.matmul.allow_fp16_accumulation",
+        "torch.backends.cudnn.enabled",
+        "torch.backends.cudnn.benchmark",
+        "torch.backends.cudnn.deterministic",
+    )
+}
+for _name in ("flash", "mem_efficient", "math", "cudnn"):
+    _SETTINGS[f"sdp_{_name}"] = (
+        getattr(torch.backends.cuda, f"{_name}_sdp_enabled"),
+        getattr(torch.backends.cuda, f"enable_{_name}_sdp"),
+    )
 
 
 def capture() -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "default_dtype": torch.get_default_dtype(),
-        "deterministic": (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "sdp": {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _SDP},
-    }
-    for holder, attribute in _SETTINGS:
-        module = _resolve(holder)
-        if hasattr(module, attribute):
-            state[f"{holder}.{attribute}"] = getattr(module, attribute)
+    """Every setting that this PyTorch has and lets one read."""
+    state = {}
+    for name, (read, _) in _SETTINGS.items():
+        # RuntimeError: an old name of TF32 where new ones are in use, and those are captured.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            state[name] = read()
     return state
 
 
 def apply(state: dict[str, Any]) -> None:
-    if torch.get_num_threads() != state["threads"]:
-        torch.set_num_threads(state["threads"])
-    torch.set_default_dtype(state["default_dtype"])
-    enabled, warn_only = state["deterministic"]
-    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-    torch.set_float32_matmul_precision(state["matmul_precision"])
-    for name in _SDP:
-        getattr(torch.backends.cuda, f"enable_{name}_sdp")(state["sdp"][name])
-    for holder, attribute in _SETTINGS:
-        key = f"{holder}.{attribute}"
-        if key in state and getattr(_resolve(holder), attribute) != state[key]:
-            setattr(_resolve(holder), attribute, state[key])
-
-
-def _resolve(path: str) -> Any:
-    module: Any = torch
-    for part in path.split(".")[1:]:
-        module = getattr(module, part)
-    return module
+    """Make this process's settings equal to `state`; what is equal already is not touched."""
+    for name, (read, write) in _SETTINGS.items():
+        with contextlib.suppress(RuntimeError):  # as above: this process uses the new names already
+            if name in state and read() != state[name]:
+                write(state[name])

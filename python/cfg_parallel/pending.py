@@ -139,6 +139,7 @@ class PendingPrediction(torch.Tensor):
 
     _node: Node
     _index: int
+    _written: int  # the version of this tensor that its value's version has in it
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -155,6 +156,7 @@ class PendingPrediction(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), strides=tuple(stride), dtype=dtype, device=device)
         self._node = node
         self._index = index
+        self._written = 0
         return self
 
     @classmethod
@@ -172,6 +174,8 @@ class PendingPrediction(torch.Tensor):
                 return parts
         if func._schema.is_mutable:
             return _mutate(func, args, kwargs)
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            _replay_recorded()  # the result is a plain view
         return func(*_unwrap(args), **_unwrap(kwargs))
 
     def settle(self) -> torch.Tensor:
@@ -180,25 +184,30 @@ class PendingPrediction(torch.Tensor):
 
     # These read memory without passing through an op, and a wrapper has no memory of its own.
     def numpy(self, *, force: bool = False) -> Any:
+        _replay_recorded()
         return settle(self).numpy(force=force)
 
     def tolist(self) -> Any:
         return settle(self).tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        _replay_recorded()
         value = settle(self).__array__(dtype) if dtype is not None else settle(self).__array__()
         return value.copy() if copy else value
 
     def data_ptr(self) -> int:
+        _replay_recorded()
         return settle(self).data_ptr()
 
     def untyped_storage(self) -> Any:
+        _replay_recorded()
         return settle(self).untyped_storage()
 
     def storage_offset(self) -> Any:
         return settle(self).storage_offset()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        _replay_recorded()
         return settle(self).__dlpack__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -241,7 +250,13 @@ def settle(tensor: torch.Tensor) -> torch.Tensor:
         _replay(tensor._node)
     values = tensor._node.values
     assert values is not None
-    return values[tensor._index]
+    value = values[tensor._index]
+    # A write by way of a plain view of `tensor` counts on `tensor` and its views, not on the value below them.
+    if not tensor.is_inference() and tensor._version != tensor._written:
+        tensor._written = tensor._version
+        if not value.is_inference():
+            torch.autograd.graph.increment_version(value)
+    return value
 
 
 def is_unsettled(tensor: torch.Tensor) -> bool:
@@ -305,7 +320,8 @@ def _replay(node: Node) -> None:
                         "and before the prediction it was combined with arrived; write to a clone of it instead, or "
                         "call `disable_cfg_parallel(pipe)` for this pipeline."
                     )
-            out = top.op(*_unwrap(top.args), **_unwrap(top.kwargs))
+            with torch._C._DisableAutocast():  # its casts came before the op was recorded
+                out = top.op(*_unwrap(top.args), **_unwrap(top.kwargs))
             values = list(out) if isinstance(out, (tuple, list)) else [out]
         top.values = values
         top.args, top.kwargs, top.versions, top.force, top.leaf = (), {}, (), None, None  # let go of what led here
@@ -313,13 +329,18 @@ def _replay(node: Node) -> None:
         stack.pop()
 
 
+def _replay_recorded() -> None:
+    """Before memory is written to or handed out: what was recorded must read what is there now."""
+    for node in list(_recording.unsettled):
+        if node.op is not None and node.values is None:  # an output that no op has read aliases nothing
+            _replay(node)
+
+
 def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An in-place or `out=` op: whatever was recorded before must read the old values, so it is replayed first."""
     if torch.Tag.inplace_view in func.tags:
         raise NotImplementedError(f"`{func}` changes the layout of a prediction in place; {_NOT_IN_PLACE}")
-    for node in list(_recording.unsettled):
-        if node.op is not None and node.values is None:  # an output that no op has read aliases nothing
-            _replay(node)
+    _replay_recorded()
     pendings = list(_pendings((args, kwargs)))
     out = func(*_unwrap(args), **_unwrap(kwargs))
     writes = [(i, s.name) for i, s in enumerate(func._schema.arguments) if s.alias_info and s.alias_info.is_write]
@@ -374,6 +395,8 @@ def _freeze(obj: Any, key_parts: list[Any], versions: list[tuple[torch.Tensor, i
         key_parts.append((tuple(obj.shape), obj.stride(), obj.dtype))
         if is_unsettled(obj):
             return obj
+        if isinstance(obj, PendingPrediction) and not obj.is_inference():
+            versions.append((obj, obj._version))  # counts writes by way of plain views of it
         obj = settle(obj)
         if obj.is_inference():  # has no version to check, so a later write would go unseen
             return obj.clone()

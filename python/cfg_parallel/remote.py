@@ -140,6 +140,7 @@ class RemoteFollower:
 
     def ship_denoiser(self, name: str, module: torch.nn.Module) -> None:
         """Give the follower a replica; returns when it is there. Its bytes and seconds add up in `replica`."""
+        self.drain()
         start, before = time.perf_counter(), self.link.bytes_sent
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         with self._watch():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from cfg_parallel.codec import TensorSpec, decode, encode_structure
+from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.link import Link
 
 _CHUNK = 256 << 20  # bytes of weights in one message
@@ -15,6 +17,11 @@ _CHUNK = 256 << 20  # bytes of weights in one message
 
 def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float) -> None:
     """Give the follower at the other end of `link` a copy of `module`, named `name`."""
+    if any(getattr(sub, "_compiled_call_impl", None) is not None for sub in module.modules()):
+        raise ConfigurationError(
+            f"The denoiser {name!r} is compiled (torch.compile), which cfg-parallel does not support yet: its replica "
+            "would round otherwise. Load it without compiling."
+        )
     body, tensors = encode_structure(module)
     specs = [TensorSpec.of(tensor, link.device) for tensor in tensors]
     link.send({"kind": "denoiser", "name": name, "body": body, "weights": specs})
@@ -82,14 +89,19 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
 
     Compared once a generation; reads no tensor value: a tensor is its identity and its version counter."""
     parts: list[Any] = []
+    add = parts.append
     for path, sub in module.named_modules():
-        parts.append((path, id(type(sub))))
+        add(path)
+        add(type(sub))
         for tensors in (sub._parameters, sub._buffers):
-            # `.to(dtype)` keeps a parameter's identity and version, but not its memory.
-            parts.extend((key, id(t), t._version, t.data_ptr(), t.dtype) for key, t in tensors.items() if t is not None)
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    parts += (key, *_tensor(tensor))
         for key, value in sub.__dict__.items():
-            if key not in _NOT_SETTINGS:
-                parts.append((key, _setting(value)))
+            if type(value) in _SCALARS:
+                parts += (key, value)
+            elif key not in _NOT_SETTINGS and (type(value) not in _CONTAINERS or value):  # most are empty hook dicts
+                parts += (key, _setting(value))
     return tuple(parts)
 
 
@@ -97,11 +109,29 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
 
 
+_SCALARS = frozenset([bool, int, float, str, type(None)])
+_CONTAINERS = frozenset([dict, OrderedDict, list, tuple, set])
+
+
+def weights_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters and buffers whose in-place changes can be seen."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return [tensor for tensor in tensors if not tensor.is_inference()]
+
+
+def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """`.to(dtype)` keeps a parameter's identity and version, but not its memory."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype
+
+
 def _setting(value: Any) -> Any:
-    if isinstance(value, (bool, int, float, str, type(None))):
+    if type(value) in _SCALARS:
         return value
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
     if isinstance(value, dict):
         return tuple((key if isinstance(key, str) else id(key), _setting(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)) and len(value) < 32:
         return tuple(_setting(item) for item in value)
-    return id(value)
+    plain = {key: item for key, item in getattr(value, "__dict__", {}).items() if type(item) in _SCALARS}
+    return id(value), tuple(plain.items())  # an attention processor's scale, say

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 
 _ALIGNMENT = 64  # bytes; keeps every tensor on a cache line of its own
-_GRAIN = 1 << 20  # segments are sized in whole MiB so that nearby sizes share one
+_GRAIN = 1 << 20  # segments are powers of two from 1 MiB, so that sizes that grow do not leave one of each behind
 
 
 class _Segment:
@@ -56,7 +56,7 @@ class HostTransport:
         offsets, total = _offsets(flats)
         segment = next((s for s in self._free if s.nbytes >= total), None)
         if segment is None:
-            nbytes = max(1, -(-total // _GRAIN)) * _GRAIN
+            nbytes = max(_GRAIN, 1 << (total - 1).bit_length())
             fd = os.memfd_create("cfg-parallel")
             os.ftruncate(fd, nbytes)
             segment = _Segment(len(self._own), fd, nbytes)
@@ -96,6 +96,9 @@ class HostTransport:
         self.close()
 
     def close(self) -> None:
+        for segment in self._own:
+            if segment.number not in self._announced:
+                os.close(segment.fd)
         self._own.clear()
         self._free.clear()
         self._sent.clear()
