@@ -27,14 +27,15 @@ def _set_deterministic(state: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(state[0], warn_only=state[1])
 
 
-# In the order in which they are applied. TF32 has two sets of names: setting the old ones sets the new ones too, and once
-# a new one was set, PyTorch refuses to read the old ones. So the old ones come first, then the new ones that still differ.
-_SETTINGS: dict[str, _Setting] = {
+# In the order in which they are applied. TF32 has two sets of names: setting the old ones sets the new ones too, and
+# once a new one was set, PyTorch refuses to read the old ones. So the old ones come first, then the new ones that differ.
+_FUNCTIONS: dict[str, _Setting] = {
     "num_threads": (torch.get_num_threads, torch.set_num_threads),
     "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "deterministic": (_deterministic, _set_deterministic),
     "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-} | {
+}
+_SETTINGS = _FUNCTIONS | {
     path: _attribute(path)
     for path in (
         "torch.backends.cuda.matmul.allow_tf32",
