@@ -28,7 +28,7 @@ def _set_deterministic(state: tuple[bool, bool]) -> None:
 
 
 # In the order in which they are applied. TF32 has two sets of names: setting the old ones sets the new ones too, and
-# once a new one was set, PyTorch refuses to read the old ones. So the old ones come first, then the new ones that differ.
+# once a new one was set, PyTorch refuses to read the old ones. So the old ones come first, then new ones that differ.
 _FUNCTIONS: dict[str, _Setting] = {
     "num_threads": (torch.get_num_threads, torch.set_num_threads),
     "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
