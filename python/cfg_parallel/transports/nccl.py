@@ -35,6 +35,21 @@ class NcclTransport:
             up = native.NcclComm(ids[1], rank, 2, device.index)
         self._out, self._in = (down, up) if rank == 0 else (up, down)
         self._device = device
+        self._exchange_tokens(rank)
+
+    def _exchange_tokens(self, rank: int) -> None:
+        """The first operation of a direction connects the two, and blocks the host until the peer posts its part: a
+        follower held up in its first result could not answer the next call, and the leader may wait for that first."""
+        token = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        buffer, stream = [(token.data_ptr(), 1)], self._stream.cuda_stream
+        if rank == 0:
+            self._out.send(buffer, self._peer, stream)
+            self._in.recv(buffer, self._peer, stream)
+        else:
+            self._in.recv(buffer, self._peer, stream)
+            self._out.send(buffer, self._peer, stream)
+        self._stream.synchronize()
 
     @staticmethod
     def unique_ids() -> tuple[bytes, bytes]:
