@@ -3,7 +3,7 @@
 Environment variables of the build:
     CFG_PARALLEL_BUILD_EXTENSION  unset: build the module when nvcc is found; 1: require it; 0: leave it out.
     CFG_PARALLEL_CUDA_ARCHS       architectures such as "80;90;100" (the default); the newest is also kept as PTX.
-    CUDACXX, CUDA_HOME            where nvcc is, ahead of PATH and /usr/local/cuda.
+    CUDACXX, CUDA_HOME, CUDA_PATH where nvcc is, ahead of PATH and /usr/local/cuda.
     MAX_JOBS                      how many compilers run at once (default: Ninja decides).
 """
 
@@ -100,7 +100,7 @@ def extensions() -> list[Extension]:
         why = (
             f"{SWITCH}=0"
             if switch == "0"
-            else "nvcc was not found (looked at CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
+            else "nvcc was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"
         )
         print(f"WARNING: cfg-parallel is installed without its CUDA module: {why}.", file=sys.stderr)
         return []

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `cfg-parallel edit`, for this command and for the example that wraps it."""
+    """The flags of `cfg-parallel edit`."""
     add = parser.add_argument
     add("--model", required=True, metavar="M", help="a folder with a model_index.json, or a Hugging Face id")
     add(

@@ -52,7 +52,7 @@ class Follower:
                 getattr(self, f"_on_{kind}")(header)
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
-                self._link.send({"kind": "error", "message": message, "traceback": traceback.format_exc()})
+                self._link.send({"kind": "error", "message": message})
 
     def greet(self) -> None:
         """Answer the leader's first message: who is here."""

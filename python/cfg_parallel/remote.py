@@ -63,7 +63,7 @@ class RemoteCallError(CfgParallelError):
 
 @dataclass(slots=True)
 class Sent:
-    """What was shipped since the last `reset`: for the report."""
+    """What was shipped since the generation began: for the report."""
 
     calls: int = 0
     bytes: int = 0
