@@ -142,7 +142,7 @@ def test_killed_follower(pipe: Any, plain: Any, when: str) -> None:
 def test_error_on_the_follower_is_recomputed_here(pipe: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with enable_cfg_parallel(pipe) as handle:
         handle._leader.remotes[0].ship_denoiser("transformer", torch.nn.Linear(1, 1))  # a replica that cannot work
-        with pytest.warns(UserWarning, match="run again on cpu"):
+        with pytest.warns(UserWarning, match="are run on cpu"):
             got = generate(pipe, QWEN.inputs())
         assert torch.equal(got, generate(plain, QWEN.inputs()))
 
@@ -326,6 +326,114 @@ def test_interrupted_while_waiting_for_the_follower(pipe: Any, plain: Any, monke
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Link, "pull", interrupt)
+            generate(pipe, QWEN.inputs())
+        with pytest.warns(UserWarning, match="A new one is started"):
+            got = generate(pipe, QWEN.inputs())
+        assert torch.equal(got, generate(plain, QWEN.inputs()))
+
+
+def test_what_a_replica_would_get_wrong_is_refused(pipe: Any) -> None:
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    with enable_cfg_parallel(pipe):
+        expected = generate(pipe, QWEN.inputs())
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        with pytest.raises(ConfigurationError, match="has a cache"):
+            generate(pipe, QWEN.inputs())
+        pipe.transformer.disable_cache()
+        assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ConfigurationError, match="group offload"):
+        enable_cfg_parallel(pipe)
+
+    class Quantized(torch.Tensor):
+        pass
+
+    other = QWEN.build()
+    weight = other.transformer.img_in.weight
+    other.transformer.img_in.weight = torch.nn.Parameter(weight.detach().as_subclass(Quantized))
+    with pytest.raises(ConfigurationError, match="weight of type"):
+        enable_cfg_parallel(other)
+
+
+class MixRows:
+    """An attention processor in which the rows of a batch see each other, as StyleAligned's do."""
+
+    def __init__(self, inner: Any, scale: float = 0.0) -> None:
+        self.inner, self.scale = inner, scale
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = self.inner(attn, hidden_states, *args, **kwargs)
+        return out + self.scale * out.mean(0, keepdim=True)
+
+
+def mix_rows(unet: Any, scale: float) -> None:
+    unet.set_attn_processor({name: MixRows(inner, scale) for name, inner in unet.attn_processors.items()})
+
+
+def test_a_split_that_was_learned_is_checked_again_when_the_model_changes() -> None:
+    tiny = TINY["sd15"]
+    pipe, plain = tiny.build(), tiny.build()
+    with enable_cfg_parallel(pipe) as handle:
+        generate(pipe, tiny.inputs())
+        assert handle.report.parallel_steps == handle.report.steps
+        for each in (pipe, plain):
+            mix_rows(each.unet, 1.0)
+        got = generate(pipe, tiny.inputs())
+        assert torch.equal(got, generate(plain, tiny.inputs()))  # as one batch: its rows are not independent
+        report = handle.report
+        assert report.parallel_steps == 0 and report.guided_steps == report.steps
+        assert "cannot be computed apart" in report.why
+
+
+def test_a_callback_that_changes_an_attention_processor(pipe: Any, plain: Any) -> None:
+    def on_step(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            for processor in pipe.transformer.attn_processors.values():
+                processor.scale = 0.5
+        return {}
+
+    class Scaled:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.scale = inner, 1.0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return tuple(out * self.scale for out in self.inner(*args, **kwargs))
+
+    one = QWEN.build()
+    for each in (pipe, one):
+        for block in each.transformer.transformer_blocks:
+            block.attn.processor = Scaled(block.attn.processor)
+    inputs = {"num_inference_steps": 4, "callback_on_step_end": on_step}
+    expected = generate(one, QWEN.inputs(**inputs))
+    with enable_cfg_parallel(pipe):
+        assert torch.equal(generate(pipe, QWEN.inputs(**inputs)), expected)
+
+
+def test_report_inside_a_generation(pipe: Any) -> None:
+    with enable_cfg_parallel(pipe) as handle:
+
+        def on_step(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            with pytest.raises(ConfigurationError, match="during a generation"):
+                _ = handle.report
+            return {}
+
+        generate(pipe, QWEN.inputs(callback_on_step_end=on_step))
+        assert handle.report.steps == 3
+
+
+def test_replacement_that_does_not_come_up(pipe: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a new follower starts: the next generation tries again."""
+    with enable_cfg_parallel(pipe) as handle:
+        (process,) = followers(handle)
+        process.kill()
+        process.wait(5)
+
+        def interrupt(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.warns(UserWarning), pytest.raises(KeyboardInterrupt):
+            patch.setattr(RemoteFollower, "greet", interrupt)
             generate(pipe, QWEN.inputs())
         with pytest.warns(UserWarning, match="A new one is started"):
             got = generate(pipe, QWEN.inputs())

@@ -172,7 +172,7 @@ def test_peer_that_leaves_is_an_error(links: tuple[Link, Link]) -> None:
 
 def test_an_unexpected_answer_is_an_error(links: tuple[Link, Link]) -> None:
     links[1].send({"kind": "done"})
-    with pytest.raises(RuntimeError, match=r"'stored'.*'done'"):
+    with pytest.raises(RuntimeError, match=r"'allocated'.*'done'"):
         send_replica(links[0], "transformer", torch.nn.Linear(2, 2), timeout=2)
 
 

@@ -42,14 +42,14 @@ def off(**guidance: Any) -> str:
 
 def test_normal() -> None:
     why = report().why
-    assert why.startswith("faster: in 49 of 50 steps") and why.endswith(".")
+    assert why.startswith("in parallel: in 49 of 50 steps") and why.endswith(".")
     assert "2 devices" in why and "9.80 s" in why and "10.00 s" in why and "waits" not in why
 
 
 @pytest.mark.parametrize(("leader", "follower", "slow"), [(200.0, 300.0, "follower"), (300.0, 200.0, "leader")])
 def test_imbalance(leader: float, follower: float, slow: str) -> None:
     why = report(leader_forward_ms=leader, follower_forward_ms=follower).why
-    assert why.startswith("faster") and f"a forward takes 1.50 times as long on the {slow}" in why
+    assert why.startswith("in parallel") and f"a forward takes 1.50 times as long on the {slow}" in why
     assert "waits" not in report(leader_forward_ms=leader, follower_forward_ms=leader * 1.1).why
 
 
@@ -60,7 +60,7 @@ def test_a_follower_too_slow_to_help() -> None:
 
 def test_imbalance_without_times() -> None:
     for times in ((None, 1.0), (1.0, None), (0.0, 1.0), (None, None)):
-        assert report(leader_forward_ms=times[0], follower_forward_ms=times[1]).why.startswith("faster")
+        assert report(leader_forward_ms=times[0], follower_forward_ms=times[1]).why.startswith("in parallel")
 
 
 def test_lost() -> None:

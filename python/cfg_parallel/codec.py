@@ -14,6 +14,8 @@ import cloudpickle
 import numpy as np
 import torch
 
+from cfg_parallel.errors import ConfigurationError
+
 
 class UnshippableError(TypeError):
     """An argument is not plain data: a copy of it on the follower would drift from the leader's."""
@@ -98,8 +100,13 @@ class _StructurePickler(cloudpickle.Pickler):
         self._index: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> tuple[int, bool, bool] | None:
-        if not isinstance(obj, torch.Tensor) or type(obj) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        if not isinstance(obj, torch.Tensor):
             return None
+        if type(obj) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise ConfigurationError(
+                f"The denoiser has a weight of type {type(obj).__name__}; cfg-parallel does not support quantized and "
+                "other special weights yet. Load it without quantization."
+            )
         index = self._index.setdefault(id(obj), len(self.tensors))
         if index == len(self.tensors):
             self.tensors.append(obj)

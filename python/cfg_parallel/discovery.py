@@ -71,7 +71,7 @@ def choose_devices(
                 f"or pass cfg_parallel_size={available}."
             )
         if rank is not None:
-            return [torch.device("cuda", i) for i in range(size)]
+            return _check_rank([torch.device("cuda", i) for i in range(size)], leader, rank)
         return [torch.device("cuda", ((leader.index or 0) + i) % available) for i in range(size)]
     chosen = [_parse_device(device, available) for device in devices]
     if len(chosen) != size:
@@ -84,7 +84,9 @@ def choose_devices(
         raise ConfigurationError(
             f"The same GPU is named twice in {list(map(str, chosen))}; name a different one for each."
         )
-    if rank is None and chosen[0] != leader:
+    if rank is not None:
+        _check_rank(chosen, leader, rank)
+    elif chosen[0] != leader:
         raise ConfigurationError(
             f"Expected the first device to be the pipeline's own, {leader}, but got {chosen[0]}; call "
             f"pipe.to('{chosen[0]}') first, or put '{leader}' first."
@@ -92,6 +94,15 @@ def choose_devices(
     if len({device.type for device in chosen}) != 1:
         raise ConfigurationError(f"Expected GPUs only or CPUs only, but got {', '.join(map(str, chosen))}.")
     return chosen
+
+
+def _check_rank(devices: list[torch.device], own: torch.device, rank: int) -> list[torch.device]:
+    if rank < len(devices) and devices[rank] != own:
+        raise ConfigurationError(
+            f"Expected the pipeline of rank {rank} on {devices[rank]}, but it is on {own}; under torchrun call "
+            "pipe.to(f\"cuda:{os.environ['LOCAL_RANK']}\")."
+        )
+    return devices
 
 
 def _parse_device(device: str | torch.device, available: int) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from cfg_parallel.leader import Generation, Leader
 from cfg_parallel.patch import CfgParallel, denoiser_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.remote import RemoteFollower
-from cfg_parallel.replica import fingerprint, weights_of
+from cfg_parallel.replica import Watch, fingerprint
 from cfg_parallel.report import Report, median
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.transports import resolve
@@ -121,12 +122,12 @@ class Leading(CfgParallel):
         self._timeout = follower_timeout
         self._denoisers = {name: Denoiser(name, module) for name, module in modules.items()}
         self._leader = Leader(devices[0], remotes)
-        self._close = weakref.finalize(pipe, _close_all, remotes)
+        self._close = weakref.finalize(pipe, _close_all, remotes, os.getpid())
         self._report: Report | None = None
         self._generation: Generation | None = None
         self._shipped: dict[str, Any] = {}
         self._guidance: dict[str, Any] = {}
-        self._weights: dict[str, tuple[list[torch.Tensor], list[int]]] = {}
+        self._watches: dict[str, Watch] = {}
         self._spmd = spmd.rank() is not None
         try:
             self._connect(remotes)
@@ -156,35 +157,33 @@ class Leading(CfgParallel):
         for remote in remotes:
             remote.ship_denoiser(denoiser.name, denoiser.module)
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
-        weights = weights_of(denoiser.module)
-        self._weights[denoiser.name] = (weights, [tensor._version for tensor in weights])
+        self._watches[denoiser.name] = Watch(denoiser.module)
+        self._leader.forget(denoiser.name)
 
     def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._leader.generation is not None:  # a pipeline that calls itself, or a callback that does
             return call(*args, **kwargs)
-        self._refresh()
-        self._report, self._guidance = None, {}
         has_callback = any("callback" in name and value is not None for name, value in kwargs.items())
-        self._leader.before_step = self._ship_changed_weights if has_callback else None
-        self._leader.begin()
+        self._leader.before_step = self._ship_what_a_callback_changed if has_callback else None
         output: Any = None
-        failure: str | None = "the pipeline was interrupted"
+        failure: str | None = None
         try:
+            self._refresh()
+            self._report, self._generation, self._guidance = None, None, {}
+            self._leader.begin()
             output = call(*args, **kwargs)
             if any(isinstance(tensor, PendingPrediction) for tensor in tensors_in(output)):
                 output = map_tensors(output, settle)
             settle_all()
-            failure = None
             self._guidance = self._guidance_of(args, kwargs)
         except BaseException as error:
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self._generation = self._leader.end()
-            if self._spmd:  # the other ranks answer only until they have the output
-                self._report = self._make_report(self._generation)
-                for remote in self._leader.remotes:
-                    remote.send_output(output, failure)
+            if self._leader.generation is not None:
+                self._generation = self._leader.end()
+            if self._spmd:
+                self._hand_out(output, failure)
         dead = [remote for remote in self._leader.remotes if remote.died]
         if dead:
             raise FollowerLostError(
@@ -194,6 +193,14 @@ class Leading(CfgParallel):
         self._warn_if_useless()
         return output
 
+    def _hand_out(self, output: Any, failure: str | None) -> None:
+        """Under torchrun: the other ranks answer only until they have the output, so the report is made before."""
+        with contextlib.suppress(FollowerLostError):  # a lost rank says so itself, and torchrun ends the others
+            if self._generation is not None:
+                self._report = self._make_report(self._generation)
+            for remote in self._leader.remotes:
+                remote.send_output(output, failure)
+
     def _refresh(self) -> None:
         """Before a generation: a lost follower is replaced, and a denoiser that has changed is shipped again."""
         for i, remote in enumerate(self._leader.remotes):
@@ -202,10 +209,15 @@ class Leading(CfgParallel):
                 warnings.warn(f"{lost} A new one is started.", stacklevel=5)
                 remote.close()
                 fresh = RemoteFollower.start(self.devices[0], remote.device, self._timeout)
+                try:
+                    self._connect([fresh])
+                    for denoiser in self._denoisers.values():
+                        fresh.ship_denoiser(denoiser.name, denoiser.module)
+                except BaseException:  # the lost one stays in its place, so that the next generation tries again
+                    fresh.lost = fresh.lost or "it did not come up"
+                    fresh.close()
+                    raise
                 self._leader.remotes[i] = fresh
-                self._connect([fresh])
-                for denoiser in self._denoisers.values():
-                    fresh.ship_denoiser(denoiser.name, denoiser.module)
         pipe = self._pipe()
         for name, denoiser in self._denoisers.items():
             current = getattr(pipe, name)
@@ -222,15 +234,18 @@ class Leading(CfgParallel):
             elif fingerprint(denoiser.module) != self._shipped[name]:
                 self._ship(denoiser, self._leader.remotes)
 
-    def _ship_changed_weights(self) -> None:
-        """Before a step: a callback may have written into the weights. Other changes wait for the next generation."""
-        for name, (weights, versions) in self._weights.items():
-            if [tensor._version for tensor in weights] != versions:
+    def _ship_what_a_callback_changed(self) -> None:
+        for name, watch in self._watches.items():
+            if watch.changed():
                 self._ship(self._denoisers[name], [r for r in self._leader.remotes if r.lost is None])
 
     @property
     def report(self) -> Report:
         with self._lock:
+            if self._leader.generation is not None:
+                raise ConfigurationError(
+                    "There is no report during a generation; ask for it when the pipeline is done."
+                )
             if self._report is None:
                 if self._generation is None:
                     raise ConfigurationError("There is no report before the first generation; call the pipeline first.")
@@ -323,7 +338,9 @@ class Serving(CfgParallel):
         self._close()
 
 
-def _close_all(remotes: list[RemoteFollower]) -> None:
+def _close_all(remotes: list[RemoteFollower], pid: int) -> None:
+    if os.getpid() != pid:  # a forked child that ends has nothing to close
+        return
     for remote in remotes:
         remote.close()
 

@@ -48,8 +48,9 @@ class Follower:
                 if header["failure"] is not None:
                     raise CfgParallelError(f"The pipeline failed on rank 0: {header['failure']}")
                 return decode(header["body"], self._link.pull(header))
+            tensors = self._link.pull(header)  # not in the try: a message received in part cannot be answered
             try:
-                getattr(self, f"_on_{kind}")(header)
+                getattr(self, f"_on_{kind}")(header, tensors)
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
                 self._link.send({"kind": "error", "message": message})
@@ -65,28 +66,28 @@ class Follower:
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._link.send({"kind": "hello", "torch": torch.__version__, "gpu": gpu})
 
-    def _on_begin(self, header: dict[str, Any]) -> None:
+    def _on_begin(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         if header["numerics"] is not None:
             numerics.apply(header["numerics"])
         self._timings.clear()
 
-    def _on_transport(self, header: dict[str, Any]) -> None:
+    def _on_transport(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         transport = NcclTransport.connect(header["ids"], 1, self._link.device, header["timeout"])
         self._link.send({"kind": "connected"})
         self._link.transport = transport
 
-    def _on_denoiser(self, header: dict[str, Any]) -> None:
+    def _on_denoiser(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         name = header["name"]
         self._denoisers.pop(name, None)
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         module = receive_replica(self._link, header, self._own.get(name), timeout=None)
         self._denoisers[name] = module
 
-    def _on_forget(self, header: dict[str, Any]) -> None:
+    def _on_forget(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         self._residents.clear()
 
-    def _on_call(self, header: dict[str, Any]) -> None:
-        fresh = iter(self._link.pull(header))
+    def _on_call(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
+        fresh = iter(tensors)
         slot, resident = header["slot"], header["resident"]
         kept = self._residents.get(slot, [])
         tensors = [kept[i] if is_resident else next(fresh) for i, is_resident in enumerate(resident)]
@@ -112,7 +113,7 @@ class Follower:
         body, results = encode_plain(output)
         self._link.send({"kind": "done", "body": body}, results)  # type: ignore[arg-type]
 
-    def _on_statistics(self, header: dict[str, Any]) -> None:
+    def _on_statistics(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         """Of the last generation: milliseconds of each forward and between them; the peak of device memory in bytes."""
         on_gpu = self._link.device.type == "cuda"
         if on_gpu:

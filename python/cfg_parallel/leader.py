@@ -13,12 +13,12 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from cfg_parallel.calls import Call, Denoiser, deal
-from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, map_tensors, tensors_in
+from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.pending import (
     Node,
@@ -61,6 +61,7 @@ class Generation:
     local_calls: int = 0
     forwards: list[tuple[Mark, Mark]] = field(default_factory=list)  # around each local forward
     notes: dict[str, int] = field(default_factory=dict)  # reason -> how often
+    given_up: set[int] = field(default_factory=set)  # followers that failed
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
 
@@ -79,6 +80,12 @@ class Leader:
         self._splits: dict[Any, int] = {}  # signature -> branches in the batch
         self._whole: dict[Any, str] = {}  # signature -> why its rows cannot be split
 
+    def forget(self, denoiser: str) -> None:
+        """What was learned of a denoiser's calls, when it has changed."""
+        for learned in (self._templates, self._splits, self._whole):
+            for signature in [signature for signature in learned if signature[0] == denoiser]:
+                del learned[signature]  # type: ignore[attr-defined]
+
     def begin(self) -> Generation:
         forget_unsettled()
         for learned in (self._templates, self._splits, self._whole):
@@ -95,12 +102,12 @@ class Leader:
         self._end_step(generation)
         generation.seconds = time.perf_counter() - generation.started
         self.generation = None
-        for remote in self.remotes:
+        for follower, remote in enumerate(self.remotes):
             if remote.lost is None:
                 try:
                     remote.end()
                 except FollowerLostError as error:
-                    self._warn_lost(error)
+                    self._give_up(generation, follower, error)
         return generation
 
     def dispatch(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,9 +139,8 @@ class Leader:
             return self._split(generation, call, signature, branches)
         index = len(step.nodes)
         _, followers = deal(max(self._expected, index + 1), len(self.remotes) + 1)
-        is_extra = (
-            bool(self.remotes) and self._expected <= index
-        )  # one more than the last step had: it is launched beside the others
+        # One more than the last step had: the others run here already, so it is launched beside them.
+        is_extra = bool(self.remotes) and self._expected <= index
         if index < len(followers) or is_extra:
             follower = followers[index] if index < len(followers) else index % len(self.remotes)
             output = self._ship(generation, call, signature, index, follower)
@@ -168,20 +174,19 @@ class Leader:
             generation.note(f"the output cannot be followed: {error}")
             self._end_step(generation)
             return output
-        values: list[torch.Tensor] = tensors  # type: ignore[assignment]
+        values = [t if is_dense(t) else t.clone() for t in cast("list[torch.Tensor]", tensors)]
         specs = [TensorSpec.of(tensor, self.device) for tensor in values]
         self._templates[signature] = Template(body, specs)
         rows = call.rows()
-        may_split = (
-            bool(self.remotes)
-            and rows > 1
-            and signature not in self._whole
-            and all(spec.shape[:1] == (rows,) for spec in specs)
-        )
+        may_split = bool(self.remotes) and rows > 1 and all(spec.shape[:1] == (rows,) for spec in specs)
         node: Node
 
         def force() -> Sequence[torch.Tensor]:
             if may_split and len(node.row_splits) == 1:
+                if signature in self._whole:
+                    generation.note(self._whole[signature])
+                    step.branches += next(iter(node.row_splits)) - 1
+                    return values
                 return self._try_split(generation, step, call, signature, next(iter(node.row_splits)), values)
             return values
 
@@ -201,27 +206,38 @@ class Leader:
             try:
                 template = Template(*remote_call.wait())
             except (RemoteCallError, FollowerLostError) as error:
-                self._warn_recomputed(error)
+                self._give_up(generation, follower, error)
                 return None
             self._templates[signature] = template
-        node, pendings = self._pending(lambda: self._collect(generation, call, remote_call, template), template.specs)
-        generation.step.branches += 1
-        generation.step.shipped += 1
-        generation.step.nodes.append(node)
+        step = generation.step
+        node, pendings = self._pending(
+            lambda: self._collect(generation, step, call, follower, remote_call, template), template.specs
+        )
+        step.branches += 1
+        step.shipped += 1
+        step.nodes.append(node)
         return decode(template.body, pendings)
 
     def _send(self, generation: Generation, call: Call, branch: int, follower: int) -> RemoteCall | None:
         remote = self.remotes[follower]
+        if follower in generation.given_up:
+            return None
         try:
             return remote.call(call.denoiser.name, branch, call.args, call.kwargs, call.context, call.autocast)
         except UnshippableError as error:
             generation.note(str(error))
         except FollowerLostError as error:
-            self._warn_lost(error)
+            self._give_up(generation, follower, error)
         return None
 
     def _collect(
-        self, generation: Generation, call: Call, remote_call: RemoteCall, template: Template
+        self,
+        generation: Generation,
+        step: Step,
+        call: Call,
+        follower: int,
+        remote_call: RemoteCall,
+        template: Template,
     ) -> Sequence[torch.Tensor]:
         try:
             _, specs = remote_call.wait()
@@ -232,7 +248,8 @@ class Leader:
                 )
             return remote_call.values()
         except (RemoteCallError, FollowerLostError) as error:
-            self._warn_recomputed(error)
+            self._give_up(generation, follower, error)
+            step.shipped -= 1
         if not call.unchanged():
             raise RecordingError("An argument of the lost call was overwritten, so that it cannot be run again here.")
         return encode_plain(self._run(generation, call))[1]  # type: ignore[return-value]
@@ -244,12 +261,7 @@ class Leader:
         step = generation.step
         parts, template = self._split_rows(generation, step, call, branches)
         rows = call.rows()
-        specs = [
-            TensorSpec(
-                (rows, *s.shape[1:]), tuple(torch.empty((rows, *s.shape[1:]), device="meta").stride()), s.dtype, True
-            )
-            for s in template.specs
-        ]
+        specs = [_stacked(spec, branches) for spec in template.specs]
         node: Node
 
         def force() -> Sequence[torch.Tensor]:
@@ -274,14 +286,16 @@ class Leader:
         body, last = outputs[-1]
         template = Template(body, [TensorSpec.of(tensor, self.device) for tensor in last])  # type: ignore[arg-type]
         parts: list[list[torch.Tensor]] = []
-        for part, remote_call in zip(calls, sent, strict=False):
+        for part, follower, remote_call in zip(calls, followers, sent, strict=False):
             if remote_call is None:
                 parts.append(encode_plain(self._run(generation, part))[1])  # type: ignore[arg-type]
                 continue
             step.shipped += 1
 
-            def force(part: Call = part, remote_call: RemoteCall = remote_call) -> Sequence[torch.Tensor]:
-                return self._collect(generation, part, remote_call, template)
+            def force(
+                part: Call = part, follower: int = follower, remote_call: RemoteCall = remote_call
+            ) -> Sequence[torch.Tensor]:
+                return self._collect(generation, step, part, follower, remote_call, template)
 
             parts.append(list(self._pending(force, template.specs)[1]))
         parts.extend(tensors for _, tensors in outputs)  # type: ignore[misc]
@@ -307,15 +321,19 @@ class Leader:
         """The first time that a batch shows itself as one: are its rows independent? Costs one extra forward."""
         if not call.unchanged():
             return whole
+        shipped = step.shipped
         try:
             parts, _ = self._split_rows(generation, step, call, branches)
             joined = self._join(parts)
             reason = _difference(whole, joined)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (torch.OutOfMemoryError, RecordingError):
+            raise
+        except Exception as error:  # whatever a model says to a batch of another size
             reason = f"one branch alone raised {type(error).__name__}: {error}"
         if reason is not None:
             self._whole[signature] = f"the rows of a batch cannot be computed apart ({reason})"
             generation.note(self._whole[signature])
+            step.branches, step.shipped = step.branches + branches - 1, shipped
             return whole
         self._splits[signature] = branches
         step.branches += branches - 1
@@ -328,11 +346,19 @@ class Leader:
         metas = [(s.shape, s.stride, s.dtype, self.device if s.on_device else cpu) for s in specs]
         return pending_outputs(force, metas, rows)
 
-    def _warn_lost(self, error: Exception) -> None:
-        warnings.warn(f"{error} The rest of this generation runs on {self.device} alone.", stacklevel=2)
+    def _give_up(self, generation: Generation, follower: int, error: Exception) -> None:
+        """One warning for each follower and generation; what it owes and would have got is run here."""
+        if follower not in generation.given_up:
+            generation.given_up.add(follower)
+            generation.note(str(error))
+            warnings.warn(f"{error} Its calls of this generation are run on {self.device}.", stacklevel=2)
 
-    def _warn_recomputed(self, error: Exception) -> None:
-        warnings.warn(f"{error} The call was run again on {self.device}.", stacklevel=2)
+
+def _stacked(spec: TensorSpec, parts: int) -> TensorSpec:
+    """What `torch.cat` of so many equal parts gives; it keeps a memory format such as channels_last."""
+    part = torch.empty_strided(spec.shape, spec.stride, device="meta")
+    whole = torch.cat([part] * parts)
+    return TensorSpec(tuple(whole.shape), tuple(whole.stride()), spec.dtype, spec.on_device)
 
 
 def _difference(whole: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> str | None:

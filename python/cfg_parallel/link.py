@@ -68,6 +68,9 @@ class Link:
         self.transport.release(header["pulled"])
         return header
 
+    def has_message(self) -> bool:
+        return self._conn.poll()
+
     def pull(self, header: dict[str, Any]) -> list[torch.Tensor]:
         """The tensors that belong to `header`, on this side's device."""
         tensors = [spec.empty(self.device) for spec in header["specs"]]

@@ -81,7 +81,7 @@ class RemoteFollower:
         self.sent = Sent()
         self.lost: str | None = None
         self.replica = (0, 0.0)
-        self.died = False  # while NCCL was in use: results received just before may be garbage
+        self.died = False  # with a receive under way, whose result is garbage
         self._closing = False
         self._timeout = timeout
         self._stderr: Any = None
@@ -126,14 +126,19 @@ class RemoteFollower:
             ) from None
 
     def use_nccl(self) -> None:
+        """Change over to NCCL."""
         ids = NcclTransport.unique_ids()
         self._send({"kind": "transport", "ids": ids, "timeout": _START_TIMEOUT})
-        transport = NcclTransport.connect(ids, 0, self.link.device, _START_TIMEOUT)
-        answer = self.link.read(_START_TIMEOUT, self._alive)
+        with self._watch():
+            try:
+                transport = NcclTransport.connect(ids, 0, self.link.device, _START_TIMEOUT, self._silent_and_alive)
+            except CfgParallelError:
+                if not self.link.has_message():
+                    raise
+                raise CfgParallelError(f"NCCL could not connect: {self.link.read(1).get('message')}") from None
+            answer = self.link.read(_START_TIMEOUT, self._alive)
         if answer["kind"] != "connected":
-            raise CfgParallelError(
-                f"NCCL could not connect on the follower: {answer['message']}; try transport='host'."
-            )
+            raise CfgParallelError(f"NCCL could not connect on the follower: {answer['message']}")
         self.link.transport = transport
         if self.process is not None:
             threading.Thread(target=self._abort_when_dead, name="cfg-parallel-watch", daemon=True).start()
@@ -177,11 +182,11 @@ class RemoteFollower:
         before = self.link.bytes_sent
         header = {"kind": "call", "slot": (name, branch), "body": body, "resident": resident, "autocast": autocast}
         call = RemoteCall(self, pins=fresh)
-        with self._watch():
+        with self._watch():  # an interrupt in here gives the follower up, so what is noted is what was sent
             self.link.send(header, fresh)
-        self._residents[name, branch] = identities
-        self._unread.append(call)
-        self._unpulled.append(call)
+            self._residents[name, branch] = identities
+            self._unread.append(call)
+            self._unpulled.append(call)
         self.sent.calls += 1
         self.sent.bytes += self.link.bytes_sent - before
         self.sent.ship_ms += (time.perf_counter() - start) * 1e3
@@ -192,8 +197,10 @@ class RemoteFollower:
             start = time.perf_counter()
             with self._watch():
                 header = self.link.read(self._timeout, self._alive)
+                if header["kind"] == "error":
+                    self._residents.clear()  # who knows which arguments it has kept
+                self._unread.popleft().header = header
             self.sent.wait_ms += (time.perf_counter() - start) * 1e3
-            self._unread.popleft().header = header
         return call.header
 
     def pull_until(self, call: RemoteCall) -> None:
@@ -203,10 +210,10 @@ class RemoteFollower:
             start, before = mark(self.link.device), self.link.bytes_received
             with self._watch():
                 earliest.tensors = self.link.pull(header)
+                earliest.pins = ()
+                self._unpulled.popleft()
             self.sent.bytes_back += self.link.bytes_received - before
             self.sent.receives.append((start, mark(self.link.device)))
-            earliest.pins = ()
-            self._unpulled.popleft()
 
     def drain(self) -> None:
         """Receive what nobody asked for, so that the next call's result is the next message."""
@@ -214,8 +221,13 @@ class RemoteFollower:
             self.pull_until(self._unpulled[-1])
 
     def end(self) -> None:
-        """After a generation: its prompts and latents need not stay."""
+        """After a generation: its prompts and latents need not stay.
+
+        Waits for the last result over NCCL: if the follower ends before it has arrived, it must not be handed out."""
         self.drain()
+        if self.link.transport.reads_later and self.sent.receives:
+            self.sent.receives[-1][1].synchronize()  # type: ignore[union-attr]
+        self.check()
         if self.lost is None:
             self._residents.clear()
             self._send({"kind": "forget"})
@@ -266,12 +278,18 @@ class RemoteFollower:
         except BaseException as error:
             cause = error if isinstance(error, FollowerLostError) else f"{type(error).__name__} {error}".strip()
             self.lost = f"The follower on {self.device} was lost: {cause}. {self._last_words()}".strip()
-            self.link.transport.abort()
-            if self.process is not None:
-                self.process.kill()
+            self._abort()
             if isinstance(error, FollowerLostError):
                 raise FollowerLostError(self.lost) from None
             raise
+
+    def _abort(self) -> None:
+        """End the follower and every wait for it. A receive that NCCL has not finished by now leaves garbage behind."""
+        if self.link.transport.reads_later and not self.died:
+            self.died = any(not end.query() for _, end in self.sent.receives)  # type: ignore[union-attr]
+        if self.process is not None:
+            self.process.kill()
+        self.link.transport.abort()
 
     def _abort_when_dead(self) -> None:
         """A receive that a dead follower will never answer blocks the GPU, so the host too; only an abort ends it."""
@@ -280,8 +298,10 @@ class RemoteFollower:
         while process.poll() is None:
             time.sleep(_WATCH_INTERVAL)
         if not self._closing:
-            self.died = True
-            self.link.transport.abort()
+            self._abort()
+
+    def _silent_and_alive(self) -> bool:
+        return self._alive() and not self.link.has_message()
 
     def _alive(self) -> bool:
         return self.process is None or self.process.poll() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from cfg_parallel.codec import TensorSpec, decode, encode_structure
-from cfg_parallel.errors import ConfigurationError
+from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
 
 _CHUNK = 256 << 20  # bytes of weights in one message
@@ -17,14 +18,11 @@ _CHUNK = 256 << 20  # bytes of weights in one message
 
 def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float) -> None:
     """Give the follower at the other end of `link` a copy of `module`, named `name`."""
-    if any(getattr(sub, "_compiled_call_impl", None) is not None for sub in module.modules()):
-        raise ConfigurationError(
-            f"The denoiser {name!r} is compiled (torch.compile), which cfg-parallel does not support yet: its replica "
-            "would round otherwise. Load it without compiling."
-        )
+    _refuse_unsupported(name, module)
     body, tensors = encode_structure(module)
     specs = [TensorSpec.of(tensor, link.device) for tensor in tensors]
     link.send({"kind": "denoiser", "name": name, "body": body, "weights": specs})
+    _expect(link.read(timeout), "allocated")  # weights that nobody receives would hold up this process for ever
     for chunk in _chunks(specs):
         link.send({"kind": "weights"}, [tensors[i] for i in chunk])
         _expect(link.read(timeout), "stored")
@@ -32,11 +30,38 @@ def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float)
     _wait_for(link.device)
 
 
+def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
+    """What a replica would get wrong without anybody noticing."""
+    for sub in module.modules():
+        if getattr(sub, "_compiled_call_impl", None) is not None:
+            raise ConfigurationError(
+                f"The denoiser {name!r} is compiled (torch.compile), which cfg-parallel does not support yet: its "
+                "replica would round otherwise; load it without compiling."
+            )
+        for hook_name, hook in _hooks(sub).items():
+            if hook_name.startswith("group_offloading"):
+                raise ConfigurationError(
+                    f"The denoiser {name!r} is under group offload, which cfg-parallel does not support yet; leave "
+                    "enable_group_offload out and move the pipeline with pipe.to('cuda')."
+                )
+            if hook._is_stateful:
+                raise ConfigurationError(
+                    f"The denoiser {name!r} has a cache ({hook_name}), which cfg-parallel does not support yet: "
+                    "its state would be split between processes; call disable_cache() on it."
+                )
+
+
+def _hooks(module: torch.nn.Module) -> dict[str, Any]:
+    """The hooks that diffusers has put on one module (caches, offload, casting)."""
+    registry = module.__dict__.get("_diffusers_hook")
+    return registry.hooks if registry is not None else {}
+
+
 def _expect(header: dict[str, Any], kind: str) -> None:
     if header["kind"] == "error":
-        raise RuntimeError(f"The follower could not build the denoiser: {header['message']}")
+        raise CfgParallelError(f"The follower could not build the denoiser: {header['message']}")
     if header["kind"] != kind:
-        raise RuntimeError(f"Expected a message of kind {kind!r} from the follower, but got {header['kind']!r}.")
+        raise CfgParallelError(f"Expected a message of kind {kind!r} from the follower, but got {header['kind']!r}.")
 
 
 def receive_replica(
@@ -54,6 +79,7 @@ def receive_replica(
                 f"Expected denoiser {header['name']!r} to have the same tensors on every rank, but rank 0 has "
                 f"{len(specs)} and this rank has {len(own)}, or they differ in shape; load the same model on all ranks."
             )
+    link.send({"kind": "allocated"})
     for chunk in _chunks(specs):
         weights = link.read(timeout)
         with torch.no_grad():
@@ -93,6 +119,7 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     for path, sub in module.named_modules():
         add(path)
         add(type(sub))
+        parts += _hooks(sub)
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
@@ -113,10 +140,27 @@ _SCALARS = frozenset([bool, int, float, str, type(None)])
 _CONTAINERS = frozenset([dict, OrderedDict, list, tuple, set])
 
 
-def weights_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """The parameters and buffers whose in-place changes can be seen."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return [tensor for tensor in tensors if not tensor.is_inference()]
+class Watch:
+    """Notices what a callback can do to a denoiser between two steps, in a small part of a fingerprint's time: weights
+    written in place, settings of a LoRA or an attention processor, processors replaced. Not new submodules or hooks."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._settings = [
+            (sub.__dict__, key)
+            for sub in module.modules()
+            for key, value in sub.__dict__.items()
+            if key not in _NOT_SETTINGS and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
+        ]
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        return self._look() != self._seen
+
+    def _look(self) -> tuple[list[int], list[Any]]:
+        versions = [tensor._version for tensor in self._tensors]
+        return versions, [_setting(holder.get(key)) for holder, key in self._settings]
 
 
 def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -133,5 +177,8 @@ def _setting(value: Any) -> Any:
         return tuple((key if isinstance(key, str) else id(key), _setting(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)) and len(value) < 32:
         return tuple(_setting(item) for item in value)
-    plain = {key: item for key, item in getattr(value, "__dict__", {}).items() if type(item) in _SCALARS}
-    return id(value), tuple(plain.items())  # an attention processor's scale, say
+    if isinstance(value, enum.Enum):
+        return value
+    # A plain object such as an attention processor: its scale, its backend.
+    plain = {k: v for k, v in getattr(value, "__dict__", {}).items() if type(v) in _SCALARS or isinstance(v, enum.Enum)}
+    return id(value), tuple(plain.items())

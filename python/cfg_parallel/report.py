@@ -55,7 +55,7 @@ class Report:
             if slow == "follower" and ratio > 2:
                 return f"no speed-up: {ran}, but a forward takes {ratio:.1f} times as long on the follower as here."
             there, here = self.follower_busy_ms / 1e3, self.leader_busy_ms / 1e3
-            sentence = f"faster: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here"
+            sentence = f"in parallel: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here"
             if ratio > 1.15:
                 sentence += (
                     f"; a forward takes {ratio:.2f} times as long on the {slow}, and the other side waits for it"

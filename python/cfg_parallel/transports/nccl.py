@@ -8,7 +8,8 @@ three branches.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -57,8 +58,15 @@ class NcclTransport:
         return native.nccl_unique_id(), native.nccl_unique_id()
 
     @classmethod
-    def connect(cls, ids: tuple[bytes, bytes], rank: int, device: torch.device, timeout: float) -> NcclTransport:
-        """Meet the peer, within `timeout` seconds: ncclCommInitRank itself waits for ever."""
+    def connect(
+        cls,
+        ids: tuple[bytes, bytes],
+        rank: int,
+        device: torch.device,
+        timeout: float,
+        peer_tries: Callable[[], bool] = lambda: True,
+    ) -> NcclTransport:
+        """Meet the peer, within `timeout` seconds and as long as it tries: ncclCommInitRank itself waits for ever."""
         result: list[Any] = []
 
         def init() -> None:
@@ -69,7 +77,10 @@ class NcclTransport:
 
         thread = threading.Thread(target=init, name="cfg-parallel-nccl-init", daemon=True)
         thread.start()
-        thread.join(timeout)
+        deadline = time.monotonic() + timeout
+        while thread.is_alive() and time.monotonic() < deadline and peer_tries():
+            thread.join(0.1)
+        thread.join(1.0)  # the peer may have said that it is connected a moment before we are
         if not result:
             raise CfgParallelError(f"NCCL did not connect within {timeout:.0f} s; try transport='host'.")
         if isinstance(result[0], Exception):
