@@ -288,7 +288,7 @@ class RemoteFollower:
         if self.link.transport.reads_later and not self.died:
             self.died = any(not end.query() for _, end in self.sent.receives)  # type: ignore[union-attr]
         if self.process is not None:
-            self.process.kill()
+            self.process.kill()  # first: NCCL's abort waits for a peer that is alive and does not answer
         self.link.transport.abort()
 
     def _abort_when_dead(self) -> None:
