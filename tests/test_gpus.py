@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 import cfg_parallel
 from reference import reference
+from scripts import PREAMBLE, kill_a_leader, torchrun
 from tiny import TINY, generate
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.timeout(240)]
@@ -100,43 +98,17 @@ def test_latents_overwritten_while_they_are_sent() -> None:
             assert torch.equal(got, reference(tiny, plain, tiny.inputs(callback_on_step_end=on_step)))
 
 
-SCRIPT = f"""
-import os, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch, cfg_parallel
-from tiny import TINY, generate
-tiny = TINY["qwen_image"]
-"""
-
-
 def test_killed_leader_leaves_no_follower() -> None:
-    script = (
-        SCRIPT
-        + """
-pipe = tiny.build().to("cuda")
-handle = cfg_parallel.enable_cfg_parallel(pipe)
-print(handle._leader.remotes[0].process.pid, flush=True)
-while True:
-    generate(pipe, tiny.inputs())
-"""
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as leader:
-        assert leader.stdout is not None
-        follower = psutil.Process(int(leader.stdout.readline()))
-        time.sleep(1)
-        assert follower.is_running()
-        leader.kill()
-        leader.wait(5)
-        psutil.wait_procs([follower], timeout=2)
-        assert not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE
+    kill_a_leader("cuda")
 
 
 def test_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        SCRIPT
+        PREAMBLE
         + f"""
 rank = int(os.environ["RANK"])
-pipe = tiny.build().to(f"cuda:{{rank}}")
+pipe.to(f"cuda:{{rank}}")
 expected = generate(pipe, tiny.inputs()).cpu()
 with cfg_parallel.enable_cfg_parallel(pipe) as handle:
     for _ in range(2):
@@ -146,7 +118,6 @@ with cfg_parallel.enable_cfg_parallel(pipe) as handle:
 open({str(tmp_path)!r} + f"/done{{rank}}", "w").close()
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = torchrun(script)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -12,21 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-TESTS = Path(__file__).parent
+from scripts import PREAMBLE, kill_a_leader, run, torchrun
+
 pytestmark = pytest.mark.timeout(180)
-
-PREAMBLE = f"""
-import sys; sys.path.insert(0, {str(TESTS)!r})
-import torch; torch.set_num_threads(1)
-import cfg_parallel
-from tiny import TINY, generate
-tiny = TINY["qwen_image"]
-pipe = tiny.build()
-"""
-
-
-def run(command: list[str], script: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=script, capture_output=True, text=True, timeout=timeout)
 
 
 def test_script_without_main_guard_and_with_its_own_classes() -> None:
@@ -50,21 +36,7 @@ def test_script_without_main_guard_and_with_its_own_classes() -> None:
 
 
 def test_killed_leader_leaves_no_follower() -> None:
-    script = PREAMBLE + textwrap.dedent("""
-        handle = cfg_parallel.enable_cfg_parallel(pipe)
-        print(handle._leader.remotes[0].process.pid, flush=True)
-        while True:
-            generate(pipe, tiny.inputs())
-    """)
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as leader:
-        assert leader.stdout is not None
-        follower = psutil.Process(int(leader.stdout.readline()))
-        time.sleep(1)
-        assert follower.is_running()
-        leader.send_signal(signal.SIGKILL)
-        leader.wait(5)
-        psutil.wait_procs([follower], timeout=2)
-        assert not follower.is_running()
+    kill_a_leader("cpu")
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise RuntimeError('on purpose')", "os._exit(4)"])
@@ -112,8 +84,7 @@ def test_torchrun(tmp_path: Path) -> None:
         open({str(tmp_path)!r} + f"/done{{rank}}", "w").write("yes")
         """)
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = run(command, timeout=150)
+    result = torchrun(script)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
     assert (tmp_path / "failed0").exists() and (tmp_path / "failed1").exists()
@@ -122,8 +93,7 @@ def test_torchrun(tmp_path: Path) -> None:
 def test_torchrun_with_the_wrong_number_of_processes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(PREAMBLE + "cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=3)\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = run(command, timeout=150)
+    result = torchrun(script)
     assert result.returncode != 0
     assert "--nproc-per-node=3" in result.stderr
 

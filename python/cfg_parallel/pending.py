@@ -224,10 +224,6 @@ class PendingPrediction(torch.Tensor):
     def __format__(self, spec: str) -> str:
         return format(settle(self), spec)
 
-    @property
-    def is_settled(self) -> bool:
-        return self._node.values is not None
-
 
 def pending_outputs(
     force: Callable[[], Sequence[torch.Tensor]],

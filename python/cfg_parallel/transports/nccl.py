@@ -91,8 +91,6 @@ class NcclTransport:
         return None
 
     def push(self, flats: Sequence[torch.Tensor], conn: Connection) -> None:
-        if not flats:
-            return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         for start in range(0, len(flats), _GROUP):
             group = flats[start : start + _GROUP]
