@@ -6,8 +6,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts; the follower inherits it
 
+import hypothesis
 import pytest
 import torch
+
+# Random examples on a developer's machine, the same ones at every run of CI: a change is judged by what it changed.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 torch.set_num_threads(1)
 

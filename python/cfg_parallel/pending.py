@@ -80,7 +80,6 @@ _OTHER = [
     aten.linalg_vector_norm.default,
     aten.amax.default,
     aten.amin.default,
-    aten.pow.Scalar,
     aten.pow.Tensor_Tensor,
     aten.reciprocal.default,
     aten.addcmul.default,
