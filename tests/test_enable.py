@@ -268,10 +268,19 @@ def test_offloaded_denoiser(pipe: Any) -> None:
         enable_cfg_parallel(other)
 
 
-def test_a_follower_that_cannot_start(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "/bin/false")
+@pytest.mark.parametrize("seconds", [0.0, 1.0], ids=["ended before the first message", "ended after it"])
+def test_a_follower_that_cannot_start(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float
+) -> None:
+    executable = tmp_path / "python"
+    executable.write_text(f"#!/bin/sh\nsleep {seconds}\necho no torch here >&2\nexit 1\n")
+    executable.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(executable))
+    if not seconds:
+        invite = RemoteFollower.invite
+        monkeypatch.setattr(RemoteFollower, "invite", lambda self, names: (self.process.wait(), invite(self, names)))
     children = len(psutil.Process().children())
-    with pytest.raises(cfg_parallel.FollowerLostError, match="did not start"):
+    with pytest.raises(cfg_parallel.FollowerLostError, match=r"did not start.* no torch here"):
         enable_cfg_parallel(pipe)
     assert type(pipe) is diffusers.QwenImagePipeline
     assert len(psutil.Process().children()) == children

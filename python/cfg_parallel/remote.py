@@ -82,6 +82,7 @@ class RemoteFollower:
         self.lost: str | None = None
         self.replica = (0, 0.0)
         self.died = False  # with a receive under way, whose result is garbage
+        self._started = False
         self._closing = False
         self._timeout = timeout
         self._stderr: Any = None
@@ -118,12 +119,10 @@ class RemoteFollower:
 
     def greet(self) -> dict[str, Any]:
         """Wait until the follower is up: who it is."""
-        try:
-            return self.link.read(_START_TIMEOUT, self._alive)
-        except FollowerLostError as error:
-            raise FollowerLostError(
-                f"The follower on {self.device} did not start: {error}. {self._last_words()}"
-            ) from None
+        with self._watch():
+            header = self.link.read(_START_TIMEOUT, self._alive)
+        self._started = True
+        return header
 
     def use_nccl(self) -> None:
         """Change over to NCCL."""
@@ -277,7 +276,8 @@ class RemoteFollower:
             raise
         except BaseException as error:
             cause = error if isinstance(error, FollowerLostError) else f"{type(error).__name__} {error}".strip()
-            self.lost = f"The follower on {self.device} was lost: {cause}. {self._last_words()}".strip()
+            what = "was lost" if self._started else "did not start"
+            self.lost = f"The follower on {self.device} {what}: {cause}. {self._last_words()}".strip()
             self._abort()
             if isinstance(error, FollowerLostError):
                 raise FollowerLostError(self.lost) from None
