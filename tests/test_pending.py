@@ -20,8 +20,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfg_parallel import pending as recording
+from cfg_parallel import pending
 from cfg_parallel.calls import Denoiser
+from cfg_parallel.fusion import Fusion, Plan
 from cfg_parallel.leader import Leader
 from cfg_parallel.pending import (
     Node,
@@ -33,18 +34,32 @@ from cfg_parallel.pending import (
     settle,
     settle_all,
 )
+from cfg_parallel.program import interpret
+from cfg_parallel.recording import recording, replay
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    """Pipelines run like this."""
+class Unchecked(Fusion):
+    """Every plan is followed at once: here the tests are what compares it with the replay."""
+
+    def _make_plan(self, recorded: Any) -> Plan:
+        plan = super()._make_plan(recorded)
+        plan.checked = True
+        return plan
+
+
+@pytest.fixture(autouse=True, params=["replayed", "fused"])
+def evaluation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pipelines run like this, with what is recorded replayed op by op or evaluated by programs."""
     forget_unsettled()
+    if request.param == "fused":
+        recording.evaluate = Unchecked(CPU, interpret, "interpreter").evaluate
     with torch.no_grad():
         yield
+    recording.evaluate = replay
 
 
 def call(values: Sequence[torch.Tensor], rows: int = 0) -> tuple[Node, list[PendingPrediction]]:
@@ -143,7 +158,6 @@ UNARY: dict[str, Callable[[Any, int, int], Any]] = {
     "square": lambda p, d, k: p.square(),
     "pow": lambda p, d, k: p**2,
     "pow float": lambda p, d, k: p**0.5,
-    "rpow": lambda p, d, k: 2**p,
     "sqrt": lambda p, d, k: p.sqrt(),
     "rsqrt": lambda p, d, k: p.rsqrt(),
     "reciprocal": lambda p, d, k: p.reciprocal(),
@@ -251,7 +265,7 @@ def test_binary(name: str, x: torch.Tensor, other: str, dtype: torch.dtype) -> N
 def test_every_recordable_op_is_tested() -> None:
     """Against an op that is added to the list and not to the tables above."""
     seen: set[Any] = set()
-    original = recording._record
+    original = pending._record
 
     def spy(func: Any, args: Any, kwargs: Any) -> Any:
         seen.add(func)
@@ -259,7 +273,7 @@ def test_every_recordable_op_is_tested() -> None:
 
     x = torch.randn(2, 1, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recording, "_record", spy)
+        patch.setattr(pending, "_record", spy)
         for unary in UNARY.values():
             try:
                 unary(pend(x), 1, 1)
@@ -267,7 +281,7 @@ def test_every_recordable_op_is_tested() -> None:
                 unary(pend(x[None]), 1, 1)  # channels_last
         for binary in BINARY.values():
             binary(pend(x), pend(x))
-    assert recording._RECORDABLE - seen - UNREACHABLE == set()
+    assert pending._RECORDABLE - seen - UNREACHABLE == set()
 
 
 def test_promotion_with_a_float32_scalar_tensor_keeps_bfloat16() -> None:
@@ -678,6 +692,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "einsum": lambda p: torch.einsum("ij,kj->ik", p, p),
     "topk": lambda p: torch.topk(p, 2)[1],
     "max": lambda p: p.max(1).values,
+    "rpow": lambda p: 2**p,
     "std_mean": lambda p: torch.std_mean(p)[0],
     "quantile": lambda p: torch.quantile(p, 0.5, dim=1),
     "sort": lambda p: p.sort().values,
@@ -1032,7 +1047,7 @@ def test_metadata_cache_has_no_collisions(name: str, dtype: torch.dtype, layout:
     if layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     for seed in range(2):
-        recording._metadata.clear()
+        pending._metadata.clear()
         variants = VARIANTS[name] * 2
         random.Random(seed).shuffle(variants)
         for variant in variants:
@@ -1077,7 +1092,7 @@ FLOAT_VARIANTS: dict[str, list[Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FLOAT_VARIANTS)
 def test_metadata_cache_has_no_collisions_for_reductions(name: str, dtype: torch.dtype) -> None:
-    recording._metadata.clear()
+    pending._metadata.clear()
     for variant in FLOAT_VARIANTS[name] * 2:
         check(variant, [torch.randn(2, 3, 4).to(dtype)])
 
@@ -1093,12 +1108,12 @@ def test_metadata_cache_sees_the_default_dtype() -> None:
 
 
 def test_metadata_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "_METADATA_LIMIT", 8)
-    recording._metadata.clear()
+    monkeypatch.setattr(pending, "_METADATA_LIMIT", 8)
+    pending._metadata.clear()
     p = pend(torch.ones(2))
     for i in range(50):
         assert (p + i).shape == (2,)
-    assert len(recording._metadata) <= 8
+    assert len(pending._metadata) <= 8
 
 
 def test_steady_state_infers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1109,7 +1124,7 @@ def test_steady_state_infers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         (p * scale + torch.tensor(scale)).chunk(2)
 
     step(0.1)
-    monkeypatch.setattr(recording, "_infer_metadata", lambda *args: pytest.fail("inferred again"))
+    monkeypatch.setattr(pending, "_infer_metadata", lambda *args: pytest.fail("inferred again"))
     for i in range(5):
         step(0.3 * i)
 

@@ -41,6 +41,7 @@ def enable_cfg_parallel(
     cfg_parallel_size: int = 2,
     devices: Sequence[str | torch.device] | None = None,
     transport: str = "auto",
+    numerics: str = "exact",
     follower_timeout: float = 600.0,
 ) -> CfgParallel:
     """Run the guidance passes of `pipe` on `cfg_parallel_size` devices. `pipe(...)` then gives the same result, sooner.
@@ -56,6 +57,8 @@ def enable_cfg_parallel(
         devices: one device for each, the first being the pipeline's own; "cpu" may repeat (a process each). Default:
             the pipeline's device and the next visible GPUs; for a pipeline on the CPU, as many CPU processes.
         transport: "auto", "nccl" or "host" (shared memory). "auto" takes NCCL between GPUs.
+        numerics: "exact" gives the bits of PyTorch's op-by-op arithmetic; "fused" computes guidance and the scheduler's
+            step in fp32 and rounds at the end, which is closer to the true value and another image.
         follower_timeout: seconds without an answer after which a follower is given up.
 
     Returns a handle: `handle.report` tells what happened in the last generation; as a context manager it disables on
@@ -65,6 +68,8 @@ def enable_cfg_parallel(
     follower does not start."""
     if getattr(type(pipe), "_cfg_parallel", None) is not None:
         raise ConfigurationError("This pipeline is enabled already; call disable_cfg_parallel(pipe) first.")
+    if numerics not in ("exact", "fused"):
+        raise ConfigurationError(f"Expected numerics to be 'exact' or 'fused', but got {numerics!r}.")
     modules = find_denoisers(pipe)
     leader_device = device_of(pipe, modules)
     rank = spmd.rank()
@@ -80,7 +85,7 @@ def enable_cfg_parallel(
         else:
             for device in chosen[1:]:
                 remotes.append(RemoteFollower.start(leader_device, device, follower_timeout))
-        handle = Leading(pipe, modules, chosen, remotes, transport, reason, follower_timeout)
+        handle = Leading(pipe, modules, chosen, remotes, transport, reason, numerics, follower_timeout)
     except BaseException:
         for remote in remotes:
             remote.close()
@@ -114,6 +119,7 @@ class Leading(CfgParallel):
         remotes: list[RemoteFollower],
         transport: str,
         transport_reason: str,
+        numerics: str,
         follower_timeout: float,
     ) -> None:
         self.devices = devices
@@ -121,7 +127,7 @@ class Leading(CfgParallel):
         self._transport_reason = transport_reason
         self._timeout = follower_timeout
         self._denoisers = {name: Denoiser(name, module) for name, module in modules.items()}
-        self._leader = Leader(devices[0], remotes)
+        self._leader = Leader(devices[0], remotes, exact=numerics == "exact")
         self._close = weakref.finalize(pipe, _close_all, remotes, os.getpid())
         self._report: Report | None = None
         self._generation: Generation | None = None
@@ -287,6 +293,8 @@ class Leading(CfgParallel):
             replica_bytes=sum(remote.replica[0] for remote in remotes),
             replica_seconds=sum(remote.replica[1] for remote in remotes),
             guidance=self._guidance,
+            fused=generation.fused,
+            replayed=generation.replayed,
             notes=dict(generation.notes),
             lost=[remote.lost for remote in remotes if remote.lost is not None],
         )

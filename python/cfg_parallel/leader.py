@@ -20,15 +20,20 @@ import torch
 from cfg_parallel.calls import Call, Denoiser, deal
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.errors import FollowerLostError
+from cfg_parallel.fusion import Fusion
 from cfg_parallel.pending import (
     Node,
     PendingPrediction,
     RecordingError,
     forget_unsettled,
     is_unsettled,
+    join,
     pending_outputs,
     settle,
+    settled_outputs,
 )
+from cfg_parallel.program import executor
+from cfg_parallel.recording import recording, replay
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
 from cfg_parallel.timing import Mark, mark
 
@@ -61,6 +66,8 @@ class Generation:
     local_calls: int = 0
     forwards: list[tuple[Mark, Mark]] = field(default_factory=list)  # around each local forward
     notes: dict[str, int] = field(default_factory=dict)  # reason -> how often
+    fused: dict[str, int] = field(default_factory=dict)  # rule and backend -> steps
+    replayed: dict[str, int] = field(default_factory=dict)  # reason -> steps
     given_up: set[int] = field(default_factory=set)  # followers that failed
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
@@ -70,9 +77,10 @@ class Generation:
 
 
 class Leader:
-    def __init__(self, device: torch.device, remotes: list[RemoteFollower]) -> None:
+    def __init__(self, device: torch.device, remotes: list[RemoteFollower], exact: bool = True) -> None:
         self.device = device
         self.remotes = remotes
+        self.fusion = Fusion(device, *executor(device), exact)
         self.generation: Generation | None = None
         self.before_step: Callable[[], None] | None = None
         self._expected = 1  # calls in a step, as the last step had them
@@ -88,18 +96,22 @@ class Leader:
 
     def begin(self) -> Generation:
         forget_unsettled()
+        self.fusion.begin()
         for learned in (self._templates, self._splits, self._whole):
             if len(learned) > _LEARNED_LIMIT:
                 learned.clear()  # type: ignore[attr-defined]
         for remote in self.remotes:
             remote.begin()
         self.generation = Generation()
+        recording.evaluate = self.fusion.evaluate
         return self.generation
 
     def end(self) -> Generation:
         generation = self.generation
         assert generation is not None
+        recording.evaluate = replay
         self._end_step(generation)
+        generation.fused, generation.replayed = dict(self.fusion.fused), dict(self.fusion.replayed)
         generation.seconds = time.perf_counter() - generation.started
         self.generation = None
         for follower, remote in enumerate(self.remotes):
@@ -127,7 +139,7 @@ class Leader:
             args, kwargs = map_tensors(args, settle), map_tensors(kwargs, settle)
         if generation is None:
             return denoiser.module(*args, **kwargs)
-        if depends or any(node.values is not None for node in generation.step.nodes):
+        if depends or any(map(_was_read, generation.step.nodes)):
             self._end_step(generation)
         step = generation.step
         if self.before_step is not None and not step.nodes:
@@ -266,29 +278,30 @@ class Leader:
 
         def force() -> Sequence[torch.Tensor]:
             if branches in node.row_splits:
-                return self._join(parts)
+                return join(parts)
             del self._splits[signature]  # the rows stayed together, so they are no branches: run it as one device would
             generation.note("a batch was split that the pipeline then used whole; it was run again")
             return self._run_whole(generation, call)
 
         node, pendings = self._pending(force, specs, rows)
+        node.parts = parts
         step.branches += branches
         step.nodes.append(node)
         return decode(template.body, pendings)
 
     def _split_rows(
         self, generation: Generation, step: Step, call: Call, branches: int
-    ) -> tuple[list[list[torch.Tensor]], Template]:
+    ) -> tuple[list[list[PendingPrediction]], Template]:
         _, followers = deal(branches, len(self.remotes) + 1)
         calls = call.split(branches)
         sent = [self._send(generation, c, i, f) for i, (c, f) in enumerate(zip(calls, followers, strict=False))]
         outputs = [encode_plain(self._run(generation, c)) for c in calls[len(sent) :]]
         body, last = outputs[-1]
         template = Template(body, [TensorSpec.of(tensor, self.device) for tensor in last])  # type: ignore[arg-type]
-        parts: list[list[torch.Tensor]] = []
+        parts: list[list[PendingPrediction]] = []
         for part, follower, remote_call in zip(calls, followers, sent, strict=False):
             if remote_call is None:
-                parts.append(encode_plain(self._run(generation, part))[1])  # type: ignore[arg-type]
+                parts.append(settled_outputs(encode_plain(self._run(generation, part))[1]))  # type: ignore[arg-type]
                 continue
             step.shipped += 1
 
@@ -297,12 +310,9 @@ class Leader:
             ) -> Sequence[torch.Tensor]:
                 return self._collect(generation, step, part, follower, remote_call, template)
 
-            parts.append(list(self._pending(force, template.specs)[1]))
-        parts.extend(tensors for _, tensors in outputs)  # type: ignore[misc]
+            parts.append(self._pending(force, template.specs)[1])
+        parts.extend(settled_outputs(tensors) for _, tensors in outputs)  # type: ignore[arg-type]
         return parts, template
-
-    def _join(self, parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        return [torch.cat([settle(part[i]) for part in parts]) for i in range(len(parts[0]))]
 
     def _run_whole(self, generation: Generation, call: Call) -> Sequence[torch.Tensor]:
         if not call.unchanged():
@@ -324,7 +334,7 @@ class Leader:
         shipped = step.shipped
         try:
             parts, _ = self._split_rows(generation, step, call, branches)
-            joined = self._join(parts)
+            joined = join(parts)
             reason = _difference(whole, joined)
         except (torch.OutOfMemoryError, RecordingError):
             raise
@@ -352,6 +362,14 @@ class Leader:
             generation.given_up.add(follower)
             generation.note(str(error))
             warnings.warn(f"{error} Its calls of this generation are run on {self.device}.", stacklevel=2)
+
+
+def _was_read(node: Node) -> bool:
+    """Whether the pipeline has asked for the values of a call, so that what it calls next may depend on them."""
+    taken_apart = node.row_splits and node.parts
+    return node.values is not None or (
+        bool(taken_apart) and not any(is_unsettled(p) for part in node.parts for p in part)
+    )
 
 
 def _stacked(spec: TensorSpec, parts: int) -> TensorSpec:

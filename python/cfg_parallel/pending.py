@@ -1,19 +1,22 @@
 """Pending predictions: tensors with the true shape, dtype and device whose value has not arrived yet.
 
 Guidance and scheduler arithmetic on a pending prediction is recorded, not run. When a value is needed, the recording is
-replayed op by op: the same ops on the same values in the same order as without cfg-parallel, so the bits are the same.
-Nothing here knows a pipeline; an op that is not recordable settles its inputs and runs at once.
+evaluated: by fused kernels (fusion.py), or replayed op by op, which is what the pipeline would have done without
+cfg-parallel. Nothing here knows a pipeline; an op that is not recordable settles its inputs and runs at once.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from cfg_parallel.recording import Node, RecordingError, Ref, ancestors, recording, replay
+
+__all__ = ["Node", "PendingPrediction", "RecordingError", "pending_outputs", "settle", "settle_all"]
 
 aten = torch.ops.aten
 
@@ -94,45 +97,6 @@ _METADATA_LIMIT = 16_384
 _NOT_IN_PLACE = "use the form of it that returns a new tensor."
 
 
-class _Recording(threading.local):
-    """What this thread has recorded and not settled; another thread's pipeline is none of its business."""
-
-    def __init__(self) -> None:
-        self.unsettled: weakref.WeakSet[Node] = weakref.WeakSet()
-
-
-_recording = _Recording()
-
-
-class RecordingError(RuntimeError):
-    """A tensor was overwritten after an op that reads it had been recorded."""
-
-
-class Node:
-    """One recorded op, or the output of a denoiser call (`op` is None), whose values come from `force`."""
-
-    __slots__ = ("__weakref__", "args", "force", "kwargs", "leaf", "op", "row_splits", "rows", "values", "versions")
-
-    def __init__(
-        self,
-        op: Any,
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
-        versions: Sequence[tuple[torch.Tensor, int]] = (),
-        force: Callable[[], Sequence[torch.Tensor]] | None = None,
-    ) -> None:
-        self.op = op
-        self.args = args
-        self.kwargs = kwargs or {}
-        self.versions = versions
-        self.force = force
-        self.values: Sequence[torch.Tensor] | None = None
-        self.leaf: Node | None = None  # the call whose rows this node still has, one to one
-        self.rows = 0
-        self.row_splits: set[int] = set()  # into how many equal parts the rows of this call were taken apart
-        _recording.unsettled.add(self)
-
-
 class PendingPrediction(torch.Tensor):
     """A tensor whose value is `node.values[index]`, once there is one."""
 
@@ -174,7 +138,7 @@ class PendingPrediction(torch.Tensor):
         if func._schema.is_mutable:
             return _mutate(func, args, kwargs)
         if any(returned.alias_info is not None for returned in func._schema.returns):
-            _replay_recorded()  # the result is a plain view
+            _settle_recorded()  # the result is a plain view
         return func(*_unwrap(args), **_unwrap(kwargs))
 
     def settle(self) -> torch.Tensor:
@@ -183,30 +147,30 @@ class PendingPrediction(torch.Tensor):
 
     # These read memory without passing through an op, and a wrapper has no memory of its own.
     def numpy(self, *, force: bool = False) -> Any:
-        _replay_recorded()
+        _settle_recorded()
         return settle(self).numpy(force=force)
 
     def tolist(self) -> Any:
         return settle(self).tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        _replay_recorded()
+        _settle_recorded()
         value = settle(self).__array__(dtype) if dtype is not None else settle(self).__array__()
         return value.copy() if copy else value
 
     def data_ptr(self) -> int:
-        _replay_recorded()
+        _settle_recorded()
         return settle(self).data_ptr()
 
     def untyped_storage(self) -> Any:
-        _replay_recorded()
+        _settle_recorded()
         return settle(self).untyped_storage()
 
     def storage_offset(self) -> Any:
         return settle(self).storage_offset()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        _replay_recorded()
+        _settle_recorded()
         return settle(self).__dlpack__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -232,9 +196,28 @@ def pending_outputs(
     """The outputs of one denoiser call: `force()` gives their values, `specs` their shape, stride, dtype and device.
 
     `rows` > 0 asks to note into how many parts dim 0 is taken apart (`Node.row_splits`)."""
-    node = Node(None, force=force)
+    metas = [(tuple(shape), tuple(stride), dtype) for shape, stride, dtype, _ in specs]
+    node = Node(None, metas, specs[0][3] if specs else torch.device("cpu"), force=force)
     node.rows = rows
     return node, [PendingPrediction(node, i, *spec) for i, spec in enumerate(specs)]
+
+
+def settled_outputs(values: Sequence[torch.Tensor]) -> list[PendingPrediction]:
+    """Values that are there, in the form of the outputs of a call."""
+    specs = [(value.shape, value.stride(), value.dtype, value.device) for value in values]
+    node, outputs = pending_outputs(lambda: values, specs)
+    replay([node])
+    return outputs
+
+
+def join(parts: Sequence[Sequence[PendingPrediction]]) -> list[torch.Tensor]:
+    """The outputs of a batch whose rows were split; the parts become views of it, as `chunk` would have made them."""
+    joined = [torch.cat([settle(part[i]) for part in parts]) for i in range(len(parts[0]))]
+    chunks = [value.chunk(len(parts)) for value in joined]
+    for k, part in enumerate(parts):
+        if part:
+            part[0]._node.values = [chunk[k] for chunk in chunks]
+    return joined
 
 
 def settle(tensor: torch.Tensor) -> torch.Tensor:
@@ -242,7 +225,7 @@ def settle(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, PendingPrediction):
         return tensor
     if tensor._node.values is None:
-        _replay(tensor._node)
+        recording.evaluate(ancestors(tensor._node))
     values = tensor._node.values
     assert values is not None
     value = values[tensor._index]
@@ -260,14 +243,14 @@ def is_unsettled(tensor: torch.Tensor) -> bool:
 
 def forget_unsettled() -> None:
     """Start anew: what an earlier generation left unsettled (it raised, say) does not concern the next one."""
-    _recording.unsettled = weakref.WeakSet()
+    recording.unsettled = weakref.WeakSet()
 
 
 def settle_all() -> None:
     """Settle every pending prediction that somebody still holds."""
-    for node in list(_recording.unsettled):
-        if node.values is None:
-            _replay(node)
+    _settle_recorded()
+    for node in list(recording.unsettled):
+        replay(ancestors(node))
 
 
 def _pendings(obj: Any) -> Iterator[PendingPrediction]:
@@ -291,51 +274,23 @@ def _unwrap(obj: Any) -> Any:
     return obj
 
 
-@torch.no_grad()  # autograd has seen the op when it was recorded, on the pending prediction itself
-def _replay(node: Node) -> None:
-    """Run what `node` needs, oldest first. Iterative: a recording can be deeper than Python's stack."""
-    stack = [node]
-    while stack:
-        top = stack[-1]
-        if top.values is not None:
-            stack.pop()
-            continue
-        if top.op is None:
-            assert top.force is not None
-            values = top.force()
-        else:
-            missing = [p._node for p in _pendings((top.args, top.kwargs)) if p._node.values is None]
-            if missing:
-                stack.extend(reversed(missing))
-                continue
-            for operand, version in top.versions:
-                if operand._version != version:
-                    raise RecordingError(
-                        f"A tensor of shape {tuple(operand.shape)} was changed in place after `{top.op}` had read it "
-                        "and before the prediction it was combined with arrived; write to a clone of it instead, or "
-                        "call `disable_cfg_parallel(pipe)` for this pipeline."
-                    )
-            with torch._C._DisableAutocast():  # its casts came before the op was recorded
-                out = top.op(*_unwrap(top.args), **_unwrap(top.kwargs))
-            values = list(out) if isinstance(out, (tuple, list)) else [out]
-        top.values = values
-        top.args, top.kwargs, top.versions, top.force, top.leaf = (), {}, (), None, None  # let go of what led here
-        _recording.unsettled.discard(top)
-        stack.pop()
-
-
-def _replay_recorded() -> None:
+def _settle_recorded() -> None:
     """Before memory is written to or handed out: what was recorded must read what is there now."""
-    for node in list(_recording.unsettled):
-        if node.op is not None and node.values is None:  # an output that no op has read aliases nothing
-            _replay(node)
+    nodes = [node for node in list(recording.unsettled) if node.op is not None]
+    read = {ref.node for node in nodes for ref in node.operands()}
+    for node in nodes:
+        if node not in read and node.values is None:  # the ends of the recording first: they are what is fused
+            recording.evaluate(ancestors(node))
+    for node in list(recording.unsettled):
+        if node.op is not None or node.row_splits:  # an output that no op has read aliases nothing
+            replay(ancestors(node))
 
 
 def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An in-place or `out=` op: whatever was recorded before must read the old values, so it is replayed first."""
+    """An in-place or `out=` op: whatever was recorded before must read the old values, so it is settled first."""
     if torch.Tag.inplace_view in func.tags:
         raise NotImplementedError(f"`{func}` changes the layout of a prediction in place; {_NOT_IN_PLACE}")
-    _replay_recorded()
+    _settle_recorded()
     pendings = list(_pendings((args, kwargs)))
     out = func(*_unwrap(args), **_unwrap(kwargs))
     writes = [(i, s.name) for i, s in enumerate(func._schema.arguments) if s.alias_info and s.alias_info.is_write]
@@ -353,18 +308,20 @@ def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The op's results as pending predictions, or None when nothing it reads is unsettled or it leaves the device."""
-    pendings = list(_pendings((args, kwargs)))
-    waiting = [p for p in pendings if p._node.values is None]
+    waiting = [p for p in _pendings((args, kwargs)) if p._node.values is None]
     if not waiting:
         return None
     device = waiting[0].device
     target = kwargs.get("device")
     if target is not None and (target.type != device.type or target.index not in (None, device.index)):
         return None
+    parts = _take_apart(func, args, waiting[0])
+    if parts is not None:
+        return parts
     versions: list[tuple[torch.Tensor, int]] = []
     key_parts: list[Any] = []
     kwargs = {name: value for name, value in kwargs.items() if not (name == "pin_memory" and not value)}
-    args = tuple(_freeze(arg, key_parts, versions) for arg in args)
+    frozen = tuple(_freeze(arg, key_parts, versions) for arg in args)
     kwargs = {name: _freeze(value, key_parts, versions) for name, value in kwargs.items()}
     try:
         key: Any = (func, torch.get_default_dtype(), *key_parts, *kwargs)
@@ -372,16 +329,27 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     except TypeError:
         key, known = None, None
     if known is None:
-        known = _infer_metadata(func, args, kwargs)
+        known = _infer_metadata(func, frozen, kwargs)
         if key is not None:
             if len(_metadata) >= _METADATA_LIMIT:
                 _metadata.clear()
             _metadata[key] = known
     container, specs = known
-    node = Node(func, args, kwargs, versions)
-    _follow_rows(node, func, args, specs, waiting)
+    node = Node(func, specs, device, frozen, kwargs, versions)
+    _follow_rows(node, func, args, waiting)
     outs = [PendingPrediction(node, i, *spec, device) for i, spec in enumerate(specs)]  # type: ignore[call-arg]
     return container(outs) if container is not None else outs[0]
+
+
+def _take_apart(func: Any, args: Any, batch: PendingPrediction) -> Any:
+    """The parts of a batch that was split, when that is what `func` asks for: they need not be joined first."""
+    parts = batch._node.parts
+    if func is not aten.split.Tensor or args[0] is not batch or not parts or (args[2] if len(args) > 2 else 0) != 0:
+        return None
+    if args[1] * len(parts) != batch.shape[0]:
+        return None
+    batch._node.row_splits.add(len(parts))
+    return [part[batch._index] for part in parts]
 
 
 def _freeze(obj: Any, key_parts: list[Any], versions: list[tuple[torch.Tensor, int]]) -> Any:
@@ -389,7 +357,7 @@ def _freeze(obj: Any, key_parts: list[Any], versions: list[tuple[torch.Tensor, i
     if isinstance(obj, torch.Tensor):
         key_parts.append((tuple(obj.shape), obj.stride(), obj.dtype))
         if is_unsettled(obj):
-            return obj
+            return Ref(obj._node, obj._index)  # type: ignore[attr-defined]
         if isinstance(obj, PendingPrediction) and not obj.is_inference():
             versions.append((obj, obj._version))  # counts writes by way of plain views of it
         obj = settle(obj)
@@ -408,6 +376,9 @@ def _infer_metadata(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def to_meta(obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):
             return torch.empty_strided(obj.shape, obj.stride(), dtype=obj.dtype, device="meta")
+        if isinstance(obj, Ref):
+            shape, stride, dtype = obj.spec
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         if isinstance(obj, (tuple, list)):
             return type(obj)(to_meta(item) for item in obj)
         return obj
@@ -419,20 +390,20 @@ def _infer_metadata(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return (type(out) if isinstance(out, (tuple, list)) else None), specs
 
 
-def _follow_rows(node: Node, func: Any, args: Any, specs: Any, waiting: list[PendingPrediction]) -> None:
+def _follow_rows(node: Node, func: Any, args: Any, waiting: list[PendingPrediction]) -> None:
     """Note on a call's node into how many equal parts its rows are taken apart: that tells a batch of CFG branches."""
     parent = waiting[0]._node
     leaf = parent.leaf if parent.op is not None else parent if parent.rows else None
-    if leaf is None or args[0] is not waiting[0] or not specs:
+    if leaf is None or args[0] is not waiting[0] or not node.specs:
         return
-    shape = specs[0][0]
+    shape = node.specs[0][0]
     if func in _ROW_SPLITS and waiting[0].dim() and shape != waiting[0].shape:
         dim = args[1] if func in (aten.slice.Tensor, aten.unbind.int) and len(args) > 1 else 0
         if func in (aten.split.Tensor, aten.split_with_sizes.default):
             dim = args[2] if len(args) > 2 else 0
         if dim % waiting[0].dim() == 0:
             part = 1 if func is aten.unbind.int else shape[0]
-            equal = func is aten.slice.Tensor or all(spec[0] == shape for spec in specs)
+            equal = func is aten.slice.Tensor or all(spec[0] == shape for spec in node.specs)
             if equal and part and leaf.rows % part == 0 and leaf.rows > part:
                 leaf.row_splits.add(leaf.rows // part)
             return

@@ -13,7 +13,10 @@ class Report:
 
     `leader_wait_ms` is the time in which the leader's device had nothing to do but wait for the followers' predictions,
     `follower_wait_ms` the time between a follower's forwards, `launch_wait_ms` the time in which the leader's host
-    waited for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards."""
+    waited for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards.
+
+    `fused` and `replayed` tell what became of the predictions of the steps with guidance: combined by fused kernels
+    (rule and backend -> steps), or op by op as PyTorch does it (reason -> steps)."""
 
     devices: list[str]
     transport: str
@@ -38,6 +41,8 @@ class Report:
     replica_bytes: int = 0
     replica_seconds: float = 0.0
     guidance: dict[str, Any] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+    replayed: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
@@ -102,6 +107,8 @@ class Report:
             ("total", f"{self.seconds:.2f} s"),
             ("replica", f"{self.replica_bytes / 1e9:.2f} GB shipped in {self.replica_seconds:.2f} s, before"),
         ]
+        rows += [("fused", f"{count} steps: {what}") for what, count in self.fused.items()]
+        rows += [("replayed", f"{count} steps: {reason}") for reason, count in self.replayed.items()]
         rows += [("note", f"{reason} ({count}x)") for reason, count in self.notes.items()]
         rows.append(("result", self.why))
         return "\n".join(f"{name:>10}  {text}" for name, text in rows)

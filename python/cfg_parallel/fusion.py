@@ -1,0 +1,325 @@
+"""Evaluates recordings in as few launches as it can: the elementwise ops between two other ops become one program.
+
+A plan is made once for each structure of recording (a generation repeats a few) and tells what to run: ops that are not
+elementwise and views of real tensors as PyTorch runs them, everything else by programs. In exact mode a plan is used
+only after it has given, on the first values that came along, the bits of the replay.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cfg_parallel.lowering import (
+    BINARY,
+    NORM,
+    VIEWS,
+    Launch,
+    Leaf,
+    Lowering,
+    Scalar,
+    Source,
+    Step,
+    Unfusable,
+    is_elementwise,
+    is_row_norm,
+    view_dims,
+)
+from cfg_parallel.program import Execute
+from cfg_parallel.recording import Node, Ref, check_versions, replay, run
+from cfg_parallel.rules import name_of
+
+_PLAN_LIMIT = 1024
+CHECKED = "the fused kernels were compared with it, once for each kind of step"
+
+
+@dataclass(slots=True)
+class Plan:
+    """What to run, in order: the position of an op that PyTorch runs, or a launch. `left` are the positions of ops
+    whose values only a program saw: nobody has asked for them yet."""
+
+    actions: list[int | Launch]
+    left: list[int]
+    label: str
+    unfit: str | None = None  # why the recording is replayed instead
+    checked: bool = False
+
+
+@dataclass
+class Fusion:
+    """Evaluates the recordings of one pipeline on `device`: `recording.evaluate = fusion.evaluate`.
+
+    `execute` runs a program; None where that cannot be done, and `backend` says why. `fused` and `replayed` count the
+    evaluations that combined predictions, by rule and backend and by reason."""
+
+    device: torch.device
+    execute: Execute | None
+    backend: str
+    exact: bool = True
+    fused: Counter[str] = field(default_factory=Counter)
+    replayed: Counter[str] = field(default_factory=Counter)
+    _plans: dict[Any, Plan] = field(default_factory=dict)
+    _wanted: dict[Any, frozenset[int]] = field(default_factory=dict)
+    _without_norm: set[Any] = field(default_factory=set)
+    _label: str = ""
+
+    def begin(self) -> None:
+        """A new generation: the counts begin anew."""
+        self.fused.clear()
+        self.replayed.clear()
+
+    def evaluate(self, nodes: Sequence[Node]) -> None:
+        """Give the last of `nodes` its values. They are unsettled, operands first."""
+        calls = [node for node in nodes if node.op is None]
+        replay(calls)
+        nodes = [node for node in nodes if node.values is None]
+        reason = self._evaluate(nodes)
+        if calls and nodes:
+            if reason is None:
+                self.fused[self._label] += 1
+            else:
+                self.replayed[reason] += 1
+
+    @torch.no_grad()  # autograd has seen the ops when they were recorded
+    def _evaluate(self, nodes: Sequence[Node]) -> str | None:
+        """None when fused kernels did it; otherwise why the recording was replayed."""
+        if self.execute is None or len(nodes) < 2:
+            replay(nodes)
+            return self.backend if self.execute is None else "a single op has nothing to be fused with"
+        for node in nodes:
+            if node.left_by is not None:  # a value that was left out is asked for: from now on it is stored
+                key, position = node.left_by
+                self._wanted[key] = self._wanted.get(key, frozenset()) | {position}
+                self._plans.pop(key, None)
+        recorded = _Recorded(nodes, self.device)
+        plan = self._plans.get(recorded.key)
+        if plan is None:
+            if len(self._plans) >= _PLAN_LIMIT:
+                self._plans.clear()
+                self._wanted.clear()
+                self._without_norm.clear()
+            plan = self._make_plan(recorded)
+            self._plans[recorded.key] = plan
+        self._label = f"{plan.label} ({self.backend})"
+        if plan.unfit is None and (plan.checked or not self.exact):
+            self._run(plan, recorded)
+            return None
+        replay(nodes)
+        if plan.unfit is not None:
+            return plan.unfit
+        self._check(plan, recorded)
+        return CHECKED
+
+    def _run(self, plan: Plan, recorded: _Recorded) -> None:
+        nodes = recorded.nodes
+        for node in nodes:
+            check_versions(node)
+        for action in plan.actions:
+            if isinstance(action, int):
+                run(nodes[action])
+            else:
+                for position, value in zip(action.outputs, self._launch(action, recorded), strict=True):
+                    nodes[position].settle([value])
+        for position in plan.left:
+            nodes[position].left_by = (recorded.key, position)
+
+    def _launch(self, launch: Launch, recorded: _Recorded) -> list[torch.Tensor]:
+        assert self.execute is not None
+        inputs = [recorded.value(source) for source in launch.inputs]
+        specs = [recorded.nodes[position].specs[0] for position in launch.outputs]
+        outputs = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=self.device) for shape, strides, dtype in specs
+        ]
+        self.execute(launch.program, inputs, launch.scalar_values(recorded.scalars), outputs)
+        return outputs
+
+    def _check(self, plan: Plan, recorded: _Recorded) -> None:
+        """Compare the plan's results with those of a replay. Waits for the device: once for each plan."""
+        plan.checked = True
+        for action in plan.actions:
+            if isinstance(action, int):
+                continue
+            for position, value in zip(action.outputs, self._launch(action, recorded), strict=True):
+                expected = recorded.nodes[position].values
+                assert expected is not None
+                if _same_bits(value, expected[0]):
+                    continue
+                if action.program.has_norm:  # PyTorch sums this shape in another order: its own kernel it is
+                    self._without_norm.add(recorded.key)
+                    del self._plans[recorded.key]
+                    return
+                plan.unfit = f"the fused kernel ({plan.label}) does not round as PyTorch does here"
+
+    def _make_plan(self, recorded: _Recorded) -> Plan:
+        label = name_of(recorded.nodes)
+        on_gpu = self.device.type == "cuda"
+        wanted = self._wanted.get(recorded.key, frozenset())
+        tries = [False] if recorded.key in self._without_norm else [True, False]
+        for with_norm in tries:
+            try:
+                actions, left = _Planner(recorded, self.exact, on_gpu, with_norm).plan(wanted)
+            except Unfusable as error:
+                unfit = f"the ops do not fit in one program: {error}"
+                continue
+            if any(isinstance(action, Launch) for action in actions):
+                return Plan(actions, left, label)
+            unfit = "there are no two elementwise ops in a row"
+        return Plan([], [], label, unfit=unfit)
+
+
+class _Recorded:
+    """A recording taken apart: its structure, which other recordings share, and its tensors and numbers."""
+
+    def __init__(self, nodes: Sequence[Node], device: torch.device) -> None:
+        self.nodes = nodes
+        self.device = device
+        self.position = {node: i for i, node in enumerate(nodes)}
+        self.tensors: list[torch.Tensor] = []
+        self.scalars: list[float] = []
+        self._numbers: dict[int, int] = {}
+        self._key: list[Any] = []
+        self.steps = [self._step(node) for node in nodes]
+        self.key = tuple(self._key)
+
+    def value(self, source: Source) -> torch.Tensor:
+        """A launch's input, laid out as the plan was made for."""
+        if source.position is None:
+            return self.tensors[source.index]
+        node = self.nodes[source.position]
+        assert node.values is not None
+        value = node.values[source.index]
+        shape, strides, dtype = node.specs[source.index]
+        if all(size == 1 or a == b for size, a, b in zip(shape, value.stride(), strides, strict=True)):
+            return value
+        return torch.empty_strided(shape, strides, dtype=dtype, device=value.device).copy_(value)
+
+    def _step(self, node: Node) -> Step:
+        self._key.append(node.op)
+        numbers = node.op in BINARY
+        args = tuple(self._operand(arg, numbers and i < 2) for i, arg in enumerate(node.args))
+        kwargs = {name: self._operand(value, False) for name, value in node.kwargs.items()}
+        self._key.extend(kwargs)
+        shape, strides, dtype = node.specs[0] if node.specs else ((), (), torch.uint8)
+        return Step(node.op, args, kwargs, shape, strides, dtype, node.device == self.device)
+
+    def _operand(self, obj: Any, may_be_number: bool) -> Any:
+        if isinstance(obj, Ref):
+            if obj.node in self.position:
+                self._key.append(("ref", self.position[obj.node], obj.index))
+                return obj
+            obj = obj.node.values[obj.index]  # type: ignore[index]
+        if isinstance(obj, torch.Tensor):
+            if may_be_number and obj.dim() == 0 and obj.device.type == "cpu" and not obj.is_complex():
+                return self._number(obj.item(), True)
+            return self._leaf(obj)
+        if isinstance(obj, (tuple, list)):
+            self._key.append(len(obj))
+            return type(obj)(self._operand(item, False) for item in obj)
+        if may_be_number and type(obj) in (int, float):
+            return self._number(obj, False)
+        self._key.append(obj.hex() if isinstance(obj, float) else (type(obj), obj))
+        return obj
+
+    def _number(self, value: float, is_tensor: bool) -> Scalar:
+        self._key.append((Scalar, is_tensor))
+        self.scalars.append(float(value))
+        return Scalar(len(self.scalars) - 1, is_tensor)
+
+    def _leaf(self, tensor: torch.Tensor) -> Leaf:
+        index = self._numbers.setdefault(id(tensor), len(self.tensors))
+        if index == len(self.tensors):
+            self.tensors.append(tensor)
+        on_device = tensor.device == self.device
+        leaf = Leaf(index, tuple(tensor.shape), tensor.stride(), tensor.dtype, on_device)
+        self._key.append(leaf)
+        return leaf
+
+
+class _Planner:
+    """Decides for each op whether a program computes it, and in which stage: between two stages PyTorch runs ops."""
+
+    def __init__(self, recorded: _Recorded, exact: bool, on_gpu: bool, with_norm: bool) -> None:
+        self._steps = recorded.steps
+        self._position = recorded.position
+        self._exact, self._on_gpu, self._with_norm = exact, on_gpu, with_norm
+        self._by_torch: set[int] = set()
+        self._computed: list[bool] = []
+        self._stage: list[int] = []
+
+    def plan(self, wanted: frozenset[int]) -> tuple[list[int | Launch], list[int]]:
+        while True:
+            self._classify()
+            required = self._required(wanted)
+            # A view or a norm is part of a program only on the way to something else.
+            unfit = {i for i in required if self._steps[i].op in VIEWS or self._steps[i].op is NORM}
+            if not unfit:
+                break
+            self._by_torch |= unfit
+        actions: list[int | Launch] = []
+        for stage in range(max(self._stage) + 1):
+            members = [i for i in range(len(self._steps)) if self._stage[i] == stage]
+            actions += [i for i in members if not self._computed[i]]
+            by_shape: dict[tuple[int, ...], list[int]] = {}
+            for i in members:
+                if i in required:
+                    shape = tuple(size for size in self._steps[i].shape if size != 1)
+                    by_shape.setdefault(shape, []).append(i)
+            for shape, outputs in by_shape.items():
+                actions += self._launches(shape, outputs, stage)
+        return actions, [i for i, computed in enumerate(self._computed) if computed and i not in required]
+
+    def _classify(self) -> None:
+        self._computed, self._stage = [], []
+        for i, step in enumerate(self._steps):
+            operands = [self._position[ref.node] for ref in step.refs()]
+            computed = i not in self._by_torch and self._can_compute(step)
+            self._computed.append(computed)
+            waits = [self._stage[p] + (self._computed[p] and not computed) for p in operands]
+            self._stage.append(max(waits, default=0))
+
+    def _can_compute(self, step: Step) -> bool:
+        if step.op in VIEWS:
+            base = step.args[0]
+            on_computed = isinstance(base, Ref) and self._computed[self._position[base.node]]
+            return on_computed and view_dims(step, base.spec[0]) is not None
+        if step.op is NORM:
+            return self._with_norm and self._on_gpu and is_row_norm(step, self._exact)
+        return is_elementwise(step, self._exact, self._on_gpu)
+
+    def _required(self, wanted: frozenset[int]) -> set[int]:
+        """The computed ops whose values something other than their own stage's programs needs."""
+        required = {i for i in (*wanted, len(self._steps) - 1) if self._computed[i]}
+        for i, step in enumerate(self._steps):
+            for ref in step.refs():
+                p = self._position[ref.node]
+                if self._computed[p] and (not self._computed[i] or self._stage[i] > self._stage[p]):
+                    required.add(p)
+        return required
+
+    def _launches(self, shape: tuple[int, ...], outputs: list[int], stage: int) -> list[int | Launch]:
+        try:
+            launch = self._lower(shape, outputs, stage)
+        except Unfusable:
+            if len(outputs) == 1:
+                raise
+            return [action for output in outputs for action in self._launches(shape, [output], stage)]
+        alone = len(launch.program.code) < 2 and len(outputs) == 1
+        reads = [self._position[ref.node] for ref in self._steps[outputs[0]].refs()]
+        if alone and not any(self._computed[p] and self._stage[p] == stage for p in reads):
+            return [outputs[0]]  # PyTorch's own kernel does as well
+        return [launch]
+
+    def _lower(self, shape: tuple[int, ...], outputs: list[int], stage: int) -> Launch:
+        def computed(i: int) -> bool:
+            return self._computed[i] and self._stage[i] == stage
+
+        return Lowering(self._steps, self._position, computed, shape, self._exact, self._on_gpu).launch(outputs)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    whole = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.view(whole), b.view(whole))

@@ -1,0 +1,140 @@
+"""Programs: straight-line elementwise arithmetic that one kernel launch runs, whatever its length.
+
+A program has registers of fp32. The inputs are loaded into registers 0, 1, ... (converted to fp32, which is exact);
+each instruction computes one register; at the end some registers are stored as outputs. `round` rounds an
+instruction's result to a dtype and back, which is what a tensor between two eager ops does to it. The kernels are in
+csrc/program.cu; `interpret` is the reference they are held against.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cfg_parallel import extension
+
+MAX_INPUTS = 8
+MAX_OUTPUTS = 4
+MAX_INSTRUCTIONS = 64
+MAX_SCALARS = 32
+REGISTERS = 16
+SCALAR = 0x80  # an operand of SCALAR + k is scalar k; a smaller one is a register
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Op(enum.IntEnum):
+    """What an instruction computes of its operands a, b, c, in fp32, each op rounding once."""
+
+    ADD = 0  # a + b
+    SUB = 1  # a - b
+    MUL = 2  # a * b
+    DIV = 3  # a / b
+    FMA = 4  # a * b + c, rounded once
+    NEG = 5  # -a
+    ABS = 6  # |a|
+    SQRT = 7  # square root of a
+    CLAMP = 8  # min(max(a, b), c); NaN stays NaN
+    ROUND = 9  # a
+    NORM = 10  # 2-norm of a over the last dimension, the same for each of its elements
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    op: Op
+    dst: int
+    a: int
+    b: int = 0
+    c: int = 0
+    round: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """How a tensor is walked through: its stride in elements for each dimension of the program's shape."""
+
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """`code` over every element of `shape`. `stores[i]` is the register that becomes output i."""
+
+    shape: tuple[int, ...]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    code: tuple[Instruction, ...]
+    stores: tuple[int, ...]
+
+    @property
+    def has_norm(self) -> bool:
+        return any(instruction.op is Op.NORM for instruction in self.code)
+
+
+def float32(value: float) -> float:
+    """`value` as fp32 holds it; too large becomes inf."""
+    return ctypes.c_float(value).value
+
+
+def reciprocal32(value: float) -> float:
+    """1 / value in fp32: what CUDA's division by a number multiplies with."""
+    value = float32(value)
+    if value == 0:
+        return math.copysign(math.inf, value)
+    return float32(1.0 / value)  # fp64 has more than twice the digits, so rounding twice is rounding once
+
+
+Execute = Callable[["Program", Sequence[torch.Tensor], Sequence[float], Sequence[torch.Tensor]], None]
+
+
+def executor(device: torch.device) -> tuple[Execute | None, str]:
+    """What runs programs on `device`, and its name; None and why there is nothing."""
+    if device.type != "cuda":
+        return None, f"there are no fused kernels for {device.type}"
+    missing = extension.missing_reason()
+    if missing is not None:
+        return None, missing
+    return launch, "cuda"
+
+
+def interpret(
+    program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float], outputs: Sequence[torch.Tensor]
+) -> None:
+    """Fill `outputs`, by PyTorch ops in fp32. No FMA: a CPU's PyTorch has none that rounds once for sure."""
+    registers: list[Any] = [None] * REGISTERS
+    for i, (tensor, operand) in enumerate(zip(inputs, program.inputs, strict=True)):
+        registers[i] = tensor.as_strided(program.shape, operand.strides).float()
+
+    def value(operand: int) -> torch.Tensor:
+        if operand >= SCALAR:
+            return torch.tensor(scalars[operand - SCALAR], dtype=torch.float32)
+        return registers[operand]
+
+    for step in program.code:
+        if step.op not in _SEMANTICS:
+            raise NotImplementedError(f"{step.op!r} runs on a GPU only.")
+        result = _SEMANTICS[step.op](value(step.a), value(step.b), value(step.c))
+        registers[step.dst] = result.to(step.round).float().expand(program.shape)
+    for out, register, operand in zip(outputs, program.stores, program.outputs, strict=True):
+        out.as_strided(program.shape, operand.strides).copy_(registers[register])
+
+
+_SEMANTICS: dict[Op, Any] = {
+    Op.ADD: lambda a, b, c: a + b,
+    Op.SUB: lambda a, b, c: a - b,
+    Op.MUL: lambda a, b, c: a * b,
+    Op.DIV: lambda a, b, c: a / b,
+    Op.NEG: lambda a, b, c: -a,
+    Op.ABS: lambda a, b, c: a.abs(),
+    Op.SQRT: lambda a, b, c: a.sqrt(),
+    Op.CLAMP: lambda a, b, c: torch.where(a.isnan(), a, torch.minimum(torch.maximum(a, b), c)),
+    Op.ROUND: lambda a, b, c: a,
+    Op.NORM: lambda a, b, c: torch.linalg.vector_norm(a, dim=-1, keepdim=True),
+}

@@ -1,0 +1,169 @@
+"""Recordings: ops that were asked for and not run yet, as a graph of nodes. A node's values come from running it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
+
+
+class RecordingError(RuntimeError):
+    """A tensor was overwritten after an op that reads it had been recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An operand that another node has yet to compute: its output `index`."""
+
+    node: Node
+    index: int
+
+    @property
+    def spec(self) -> Spec:
+        return self.node.specs[self.index]
+
+
+class Node:
+    """One recorded op, or the output of a denoiser call (`op` is None), whose values come from `force`."""
+
+    __slots__ = (
+        "__weakref__",
+        "args",
+        "device",
+        "force",
+        "kwargs",
+        "leaf",
+        "left_by",
+        "op",
+        "parts",
+        "row_splits",
+        "rows",
+        "specs",
+        "values",
+        "versions",
+    )
+
+    def __init__(
+        self,
+        op: Any,
+        specs: Sequence[Spec],
+        device: torch.device,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+        versions: Sequence[tuple[torch.Tensor, int]] = (),
+        force: Callable[[], Sequence[torch.Tensor]] | None = None,
+    ) -> None:
+        self.op = op
+        self.specs = specs
+        self.device = device
+        self.args = args
+        self.kwargs = kwargs or {}
+        self.versions = versions
+        self.force = force
+        self.values: Sequence[torch.Tensor] | None = None
+        self.leaf: Node | None = None  # the call whose rows this node still has, one to one
+        self.rows = 0
+        self.row_splits: set[int] = set()  # into how many equal parts the rows of this call were taken apart
+        self.parts: Sequence[Sequence[torch.Tensor]] = ()  # the outputs of a batch that was split, part by part
+        self.left_by: Any = None  # the fused evaluation that did not need this node's value
+        recording.unsettled.add(self)
+
+    def operands(self) -> Iterator[Ref]:
+        """What it reads of other nodes."""
+        yield from refs_in(self.args)
+        yield from refs_in(self.kwargs)
+
+    def settle(self, values: Sequence[torch.Tensor]) -> None:
+        """Note the values, and let go of what led here."""
+        self.values = values
+        self.args, self.kwargs, self.versions, self.force, self.leaf, self.left_by = (), {}, (), None, None, None
+        recording.unsettled.discard(self)
+
+
+def ancestors(node: Node) -> list[Node]:
+    """The unsettled nodes that `node` needs, itself last, operands before what reads them. A recording can be deeper
+    than Python's stack, so this does not recurse."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(node, False)]
+    while stack:
+        top, operands_done = stack.pop()
+        if operands_done:
+            order.append(top)
+        elif top.values is None and top not in seen:
+            seen.add(top)
+            stack.append((top, True))
+            stack.extend((ref.node, False) for ref in reversed(list(top.operands())))
+    return order
+
+
+def replay(nodes: Sequence[Node]) -> None:
+    """Run what was recorded, op by op: the same ops on the same values in the same order as without a recording."""
+    for node in nodes:
+        run(node)
+
+
+@torch.no_grad()  # autograd has seen the op when it was recorded, on the pending prediction itself
+def run(node: Node) -> None:
+    """Give `node` its values; those of its operands are there."""
+    if node.values is not None:
+        return
+    if node.op is None:
+        assert node.force is not None
+        node.settle(node.force())
+        return
+    check_versions(node)
+    with torch._C._DisableAutocast():  # its casts came before the op was recorded
+        out = node.op(*_values(node.args), **_values(node.kwargs))
+    node.settle(list(out) if isinstance(out, (tuple, list)) else [out])
+
+
+def check_versions(node: Node) -> None:
+    for operand, version in node.versions:
+        if operand._version != version:
+            raise RecordingError(
+                f"A tensor of shape {tuple(operand.shape)} was changed in place after `{node.op}` had read it "
+                "and before the prediction it was combined with arrived; write to a clone of it instead, or "
+                "call `disable_cfg_parallel(pipe)` for this pipeline."
+            )
+
+
+def refs_in(obj: Any) -> Iterator[Ref]:
+    """Every Ref in nested tuples, lists and dicts."""
+    if isinstance(obj, Ref):
+        yield obj
+    elif isinstance(obj, (tuple, list)):
+        for item in obj:
+            yield from refs_in(item)
+    elif isinstance(obj, dict):
+        for item in obj.values():
+            yield from refs_in(item)
+
+
+def _values(obj: Any) -> Any:
+    if isinstance(obj, Ref):
+        values = obj.node.values
+        assert values is not None
+        return values[obj.index]
+    if isinstance(obj, (tuple, list)):
+        return type(obj)(_values(item) for item in obj)
+    if isinstance(obj, dict):
+        return {key: _values(value) for key, value in obj.items()}
+    return obj
+
+
+class _Recording(threading.local):
+    """What this thread has recorded and not settled; another thread's pipeline is none of its business."""
+
+    def __init__(self) -> None:
+        self.unsettled: weakref.WeakSet[Node] = weakref.WeakSet()
+        self.evaluate: Callable[[Sequence[Node]], None] = replay
+
+
+recording = _Recording()
