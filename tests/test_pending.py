@@ -35,7 +35,6 @@ from cfg_parallel.pending import (
     settle_all,
 )
 from cfg_parallel.program import interpret
-from cfg_parallel.recording import recording, replay
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -45,21 +44,21 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 class Unchecked(Fusion):
     """Every plan is followed at once: here the tests are what compares it with the replay."""
 
-    def _make_plan(self, recorded: Any) -> Plan:
-        plan = super()._make_plan(recorded)
-        plan.checked = True
-        return plan
+    def _make_plan(self, recorded: Any, wanted: frozenset[int]) -> Plan:
+        self._checked.add(recorded.key)
+        return super()._make_plan(recorded, wanted)
 
 
 @pytest.fixture(autouse=True, params=["replayed", "fused"])
 def evaluation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Pipelines run like this, with what is recorded replayed op by op or evaluated by programs."""
     forget_unsettled()
+    fusion = Unchecked(CPU, interpret, "interpreter")
     if request.param == "fused":
-        recording.evaluate = Unchecked(CPU, interpret, "interpreter").evaluate
+        fusion.install()
     with torch.no_grad():
         yield
-    recording.evaluate = replay
+    fusion.remove()
 
 
 def call(values: Sequence[torch.Tensor], rows: int = 0) -> tuple[Node, list[PendingPrediction]]:

@@ -30,7 +30,7 @@ from cfg_parallel.lowering import (
     view_dims,
 )
 from cfg_parallel.program import Execute
-from cfg_parallel.recording import Node, Ref, check_versions, replay, run
+from cfg_parallel.recording import Node, Ref, ancestors, check_versions, recording, replay, run
 from cfg_parallel.rules import name_of
 
 _PLAN_LIMIT = 1024
@@ -46,12 +46,11 @@ class Plan:
     left: list[int]
     label: str
     unfit: str | None = None  # why the recording is replayed instead
-    checked: bool = False
 
 
 @dataclass
 class Fusion:
-    """Evaluates the recordings of one pipeline on `device`: `recording.evaluate = fusion.evaluate`.
+    """Evaluates the recordings of one pipeline on `device`.
 
     `execute` runs a program; None where that cannot be done, and `backend` says why. `fused` and `replayed` count the
     evaluations that combined predictions, by rule and backend and by reason."""
@@ -63,14 +62,23 @@ class Fusion:
     fused: Counter[str] = field(default_factory=Counter)
     replayed: Counter[str] = field(default_factory=Counter)
     _plans: dict[Any, Plan] = field(default_factory=dict)
-    _wanted: dict[Any, frozenset[int]] = field(default_factory=dict)
+    _wanted: set[int] = field(default_factory=set)
+    _checked: set[Any] = field(default_factory=set)
     _without_norm: set[Any] = field(default_factory=set)
     _label: str = ""
 
-    def begin(self) -> None:
-        """A new generation: the counts begin anew."""
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def install(self) -> None:
+        """From now on this thread's recordings are evaluated here; the counts begin anew."""
         self.fused.clear()
         self.replayed.clear()
+        recording.evaluate, recording.fuses = self.evaluate, self.execute is not None
+
+    def remove(self) -> None:
+        recording.evaluate, recording.fuses = replay, False
 
     def evaluate(self, nodes: Sequence[Node]) -> None:
         """Give the last of `nodes` its values. They are unsettled, operands first."""
@@ -87,31 +95,37 @@ class Fusion:
     @torch.no_grad()  # autograd has seen the ops when they were recorded
     def _evaluate(self, nodes: Sequence[Node]) -> str | None:
         """None when fused kernels did it; otherwise why the recording was replayed."""
-        if self.execute is None or len(nodes) < 2:
+        if self.execute is None:
             replay(nodes)
-            return self.backend if self.execute is None else "a single op has nothing to be fused with"
+            return self.backend
         for node in nodes:
-            if node.left_by is not None:  # a value that was left out is asked for: from now on it is stored
-                key, position = node.left_by
-                self._wanted[key] = self._wanted.get(key, frozenset()) | {position}
-                self._plans.pop(key, None)
+            if node.left_by is not None:  # left out, and asked for now: what is computed likewise is stored from now on
+                self._wanted.add(node.left_by)
+                replay(ancestors(node))
+        nodes = [node for node in nodes if node.values is None]
+        if len(nodes) < 2:
+            replay(nodes)
+            return "a single op has nothing to be fused with"
         recorded = _Recorded(nodes, self.device)
-        plan = self._plans.get(recorded.key)
+        wanted = frozenset(i for i, way in enumerate(recorded.ways) if way in self._wanted)
+        plan = self._plans.get((recorded.key, wanted))
         if plan is None:
             if len(self._plans) >= _PLAN_LIMIT:
-                self._plans.clear()
-                self._wanted.clear()
-                self._without_norm.clear()
-            plan = self._make_plan(recorded)
-            self._plans[recorded.key] = plan
+                for learned in (self._plans, self._wanted, self._checked, self._without_norm):
+                    learned.clear()  # type: ignore[attr-defined]
+            plan = self._make_plan(recorded, wanted)
+            self._plans[recorded.key, wanted] = plan
         self._label = f"{plan.label} ({self.backend})"
-        if plan.unfit is None and (plan.checked or not self.exact):
+        if plan.unfit is None and (recorded.key in self._checked or not self.exact):
             self._run(plan, recorded)
             return None
+        left = {position: nodes[position].recorded() for position in plan.left}
         replay(nodes)
         if plan.unfit is not None:
             return plan.unfit
         self._check(plan, recorded)
+        for position, what in left.items():  # as if the plan had been followed: it shows whether they are missed
+            nodes[position].forget_values(what, recorded.ways[position])
         return CHECKED
 
     def _run(self, plan: Plan, recorded: _Recorded) -> None:
@@ -125,7 +139,7 @@ class Fusion:
                 for position, value in zip(action.outputs, self._launch(action, recorded), strict=True):
                     nodes[position].settle([value])
         for position in plan.left:
-            nodes[position].left_by = (recorded.key, position)
+            nodes[position].left_by = recorded.ways[position]
 
     def _launch(self, launch: Launch, recorded: _Recorded) -> list[torch.Tensor]:
         assert self.execute is not None
@@ -139,7 +153,7 @@ class Fusion:
 
     def _check(self, plan: Plan, recorded: _Recorded) -> None:
         """Compare the plan's results with those of a replay. Waits for the device: once for each plan."""
-        plan.checked = True
+        self._checked.add(recorded.key)
         for action in plan.actions:
             if isinstance(action, int):
                 continue
@@ -148,20 +162,19 @@ class Fusion:
                 assert expected is not None
                 if _same_bits(value, expected[0]):
                     continue
+                self._checked.discard(recorded.key)
                 if action.program.has_norm:  # PyTorch sums this shape in another order: its own kernel it is
                     self._without_norm.add(recorded.key)
-                    del self._plans[recorded.key]
+                    self._plans = {key: known for key, known in self._plans.items() if key[0] != recorded.key}
                     return
                 plan.unfit = f"the fused kernel ({plan.label}) does not round as PyTorch does here"
 
-    def _make_plan(self, recorded: _Recorded) -> Plan:
+    def _make_plan(self, recorded: _Recorded, wanted: frozenset[int]) -> Plan:
         label = name_of(recorded.nodes)
-        on_gpu = self.device.type == "cuda"
-        wanted = self._wanted.get(recorded.key, frozenset())
         tries = [False] if recorded.key in self._without_norm else [True, False]
         for with_norm in tries:
             try:
-                actions, left = _Planner(recorded, self.exact, on_gpu, with_norm).plan(wanted)
+                actions, left = _Planner(recorded, self.exact, self.on_gpu, with_norm).plan(wanted)
             except Unfusable as error:
                 unfit = f"the ops do not fit in one program: {error}"
                 continue
@@ -181,9 +194,16 @@ class _Recorded:
         self.tensors: list[torch.Tensor] = []
         self.scalars: list[float] = []
         self._numbers: dict[int, int] = {}
-        self._key: list[Any] = []
-        self.steps = [self._step(node) for node in nodes]
-        self.key = tuple(self._key)
+        self.ways: list[int] = []  # a hash of how each value is computed from predictions and plain tensors
+        self.steps: list[Step] = []
+        key = []
+        for node in nodes:
+            self._key: list[Any] = []
+            self._way: list[int] = []
+            self.steps.append(self._step(node))
+            key.append(tuple(self._key))
+            self.ways.append(hash(tuple(self._way)))
+        self.key = tuple(key)
 
     def value(self, source: Source) -> torch.Tensor:
         """A launch's input, laid out as the plan was made for."""
@@ -198,18 +218,20 @@ class _Recorded:
         return torch.empty_strided(shape, strides, dtype=dtype, device=value.device).copy_(value)
 
     def _step(self, node: Node) -> Step:
-        self._key.append(node.op)
+        self._note(node.op)
+        self._note(tuple(node.specs))
         numbers = node.op in BINARY
         args = tuple(self._operand(arg, numbers and i < 2) for i, arg in enumerate(node.args))
         kwargs = {name: self._operand(value, False) for name, value in node.kwargs.items()}
-        self._key.extend(kwargs)
+        self._note(tuple(kwargs))
         shape, strides, dtype = node.specs[0] if node.specs else ((), (), torch.uint8)
         return Step(node.op, args, kwargs, shape, strides, dtype, node.device == self.device)
 
     def _operand(self, obj: Any, may_be_number: bool) -> Any:
         if isinstance(obj, Ref):
             if obj.node in self.position:
-                self._key.append(("ref", self.position[obj.node], obj.index))
+                position = self.position[obj.node]
+                self._note((position, obj.index), (self.ways[position], obj.index))
                 return obj
             obj = obj.node.values[obj.index]  # type: ignore[index]
         if isinstance(obj, torch.Tensor):
@@ -217,15 +239,20 @@ class _Recorded:
                 return self._number(obj.item(), True)
             return self._leaf(obj)
         if isinstance(obj, (tuple, list)):
-            self._key.append(len(obj))
+            self._note(len(obj))
             return type(obj)(self._operand(item, False) for item in obj)
         if may_be_number and type(obj) in (int, float):
             return self._number(obj, False)
-        self._key.append(obj.hex() if isinstance(obj, float) else (type(obj), obj))
+        self._note(obj.hex() if isinstance(obj, float) else (type(obj), obj))
         return obj
 
+    def _note(self, part: Any, way: Any = None) -> None:
+        """A part of the structure; `way` is what of it does not depend on the rest of the recording."""
+        self._key.append(part)
+        self._way.append(part if way is None else way)
+
     def _number(self, value: float, is_tensor: bool) -> Scalar:
-        self._key.append((Scalar, is_tensor))
+        self._note((Scalar, is_tensor))
         self.scalars.append(float(value))
         return Scalar(len(self.scalars) - 1, is_tensor)
 
@@ -235,7 +262,7 @@ class _Recorded:
             self.tensors.append(tensor)
         on_device = tensor.device == self.device
         leaf = Leaf(index, tuple(tensor.shape), tensor.stride(), tensor.dtype, on_device)
-        self._key.append(leaf)
+        self._note(leaf, (leaf.shape, leaf.strides, leaf.dtype))
         return leaf
 
 
@@ -252,7 +279,7 @@ class _Planner:
 
     def plan(self, wanted: frozenset[int]) -> tuple[list[int | Launch], list[int]]:
         while True:
-            self._classify()
+            self._classify(wanted)
             required = self._required(wanted)
             # A view or a norm is part of a program only on the way to something else.
             unfit = {i for i in required if self._steps[i].op in VIEWS or self._steps[i].op is NORM}
@@ -272,7 +299,7 @@ class _Planner:
                 actions += self._launches(shape, outputs, stage)
         return actions, [i for i, computed in enumerate(self._computed) if computed and i not in required]
 
-    def _classify(self) -> None:
+    def _classify(self, wanted: frozenset[int]) -> None:
         self._computed, self._stage = [], []
         for i, step in enumerate(self._steps):
             operands = [self._position[ref.node] for ref in step.refs()]
@@ -280,6 +307,15 @@ class _Planner:
             self._computed.append(computed)
             waits = [self._stage[p] + (self._computed[p] and not computed) for p in operands]
             self._stage.append(max(waits, default=0))
+        # As late as its readers allow: what one program computes for the next need not be stored.
+        readers: dict[int, list[int]] = {}
+        for i, step in enumerate(self._steps):
+            for ref in step.refs():
+                readers.setdefault(self._position[ref.node], []).append(i)
+        for i in reversed(range(len(self._steps))):
+            mine = readers.get(i, [])
+            if self._computed[i] and mine and i not in wanted and all(self._computed[reader] for reader in mine):
+                self._stage[i] = min(self._stage[reader] for reader in mine)
 
     def _can_compute(self, step: Step) -> bool:
         if step.op in VIEWS:

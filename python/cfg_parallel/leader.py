@@ -33,7 +33,6 @@ from cfg_parallel.pending import (
     settled_outputs,
 )
 from cfg_parallel.program import executor
-from cfg_parallel.recording import recording, replay
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
 from cfg_parallel.timing import Mark, mark
 
@@ -96,20 +95,19 @@ class Leader:
 
     def begin(self) -> Generation:
         forget_unsettled()
-        self.fusion.begin()
         for learned in (self._templates, self._splits, self._whole):
             if len(learned) > _LEARNED_LIMIT:
                 learned.clear()  # type: ignore[attr-defined]
         for remote in self.remotes:
             remote.begin()
         self.generation = Generation()
-        recording.evaluate = self.fusion.evaluate
+        self.fusion.install()
         return self.generation
 
     def end(self) -> Generation:
         generation = self.generation
         assert generation is not None
-        recording.evaluate = replay
+        self.fusion.remove()
         self._end_step(generation)
         generation.fused, generation.replayed = dict(self.fusion.fused), dict(self.fusion.replayed)
         generation.seconds = time.perf_counter() - generation.started

@@ -265,7 +265,7 @@ class Lowering:
         return tuple(stride for size, stride in zip(shape, strides, strict=True) if size != 1)
 
     def _lower(self, position: int, dims: tuple[int, ...]) -> int:
-        """The value of the op at `position`. Its dimension i runs along dimension dims[i] of the program, or none (-1)."""
+        """The value of the op at `position`, whose dimension i runs along the program's dims[i], or along none (-1)."""
         key = (position, dims)
         if key not in self._known:
             if len(self._known) + self._depth > 2 * MAX_INSTRUCTIONS:

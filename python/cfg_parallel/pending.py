@@ -308,7 +308,10 @@ def _mutate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The op's results as pending predictions, or None when nothing it reads is unsettled or it leaves the device."""
-    waiting = [p for p in _pendings((args, kwargs)) if p._node.values is None]
+    pendings = list(_pendings((args, kwargs)))
+    waiting = [p for p in pendings if p._node.values is None]
+    if not waiting and func is aten._to_copy.default and recording.fuses:
+        waiting = pendings  # latents that a scheduler casts before its step: the cast becomes part of that
     if not waiting:
         return None
     device = waiting[0].device

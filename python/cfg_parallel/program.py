@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ import torch
 
 from cfg_parallel import extension
 
-MAX_INPUTS = 8
+MAX_INPUTS = 12
 MAX_OUTPUTS = 4
 MAX_INSTRUCTIONS = 64
 MAX_SCALARS = 32
-REGISTERS = 16
+REGISTERS = 20
 SCALAR = 0x80  # an operand of SCALAR + k is scalar k; a smaller one is a register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,6 +103,31 @@ def executor(device: torch.device) -> tuple[Execute | None, str]:
     if missing is not None:
         return None, missing
     return launch, "cuda"
+
+
+def launch(
+    program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float], outputs: Sequence[torch.Tensor]
+) -> None:
+    """Fill `outputs` with one kernel on the current stream of their device."""
+    device = outputs[0].device
+    _native(program).launch(
+        [tensor.data_ptr() for tensor in inputs],
+        [tensor.data_ptr() for tensor in outputs],
+        scalars,
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _native(program: Program) -> Any:
+    def operands(all_of_them: Sequence[Operand]) -> list[tuple[int, tuple[int, ...]]]:
+        return [(DTYPES.index(operand.dtype), operand.strides) for operand in all_of_them]
+
+    code = [(i.op, i.dst, i.a, i.b, i.c, DTYPES.index(i.round)) for i in program.code]
+    return extension.load().Program(
+        program.shape, operands(program.inputs), operands(program.outputs), code, program.stores
+    )
 
 
 def interpret(

@@ -85,6 +85,17 @@ class Node:
         self.args, self.kwargs, self.versions, self.force, self.leaf, self.left_by = (), {}, (), None, None, None
         recording.unsettled.discard(self)
 
+    def recorded(self) -> tuple[Any, ...]:
+        """What `settle` lets go of."""
+        return self.args, self.kwargs, self.versions, self.leaf
+
+    def forget_values(self, recorded: tuple[Any, ...], left_by: Any) -> None:
+        """Undo `settle`: the values are to be computed again when somebody asks for them."""
+        self.values = None
+        self.args, self.kwargs, self.versions, self.leaf = recorded
+        self.left_by = left_by
+        recording.unsettled.add(self)
+
 
 def ancestors(node: Node) -> list[Node]:
     """The unsettled nodes that `node` needs, itself last, operands before what reads them. A recording can be deeper
@@ -164,6 +175,7 @@ class _Recording(threading.local):
     def __init__(self) -> None:
         self.unsettled: weakref.WeakSet[Node] = weakref.WeakSet()
         self.evaluate: Callable[[Sequence[Node]], None] = replay
+        self.fuses = False  # whether `evaluate` may fuse ops, so that it pays to record more of them
 
 
 recording = _Recording()

@@ -32,9 +32,10 @@ _GUIDANCE = {
     "cfg_cond": ("add", "p", ("mul", "s", ("sub", "p", "n"))),
     "lerp": ("lerp", "n", "p", "s"),
 }
+_RESCALED = ("mul", "x", ("div", ("std", "p"), ("std", "x")))
 _AFTER = {
     "norm": ("mul", "x", ("div", ("norm", "p"), ("norm", "x"))),
-    "rescale": ("mul", "x", ("div", ("std", "p"), ("std", "x"))),
+    "rescale": ("add", ("mul", "f", _RESCALED), ("mul", "g", "x")),
 }
 _EULER = ("add", "sample", ("mul", "dt", "v"))
 
@@ -48,11 +49,12 @@ def name_of(nodes: Sequence[Node]) -> str:
         if found is not None:
             names.append(found[0])
             results.append(Ref(found[1], 0))
-    bound: dict[str, Any] = {}
     end = _see_through(Ref(nodes[-1], 0))
-    if results and _match(_EULER, end, bound) and bound["v"] in results:
+    if end in results:
+        pass
+    elif any(_match(_EULER, end, {"v": result}) for result in results):
         names.append("flow_match_euler")
-    elif results and end not in results:
+    elif results:
         names.append("scheduler step")
     return " + ".join(names) or "elementwise"
 

@@ -1,0 +1,282 @@
+"""Fused evaluation, with programs run by the interpreter: what is fused, what is not, and that no bit and no value is
+lost. tests/test_pending.py runs each of its cases this way too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from cfg_parallel import ConfigurationError, enable_cfg_parallel
+from cfg_parallel.fusion import CHECKED, Fusion
+from cfg_parallel.pending import PendingPrediction, RecordingError, is_unsettled, pending_outputs, settle, settle_all
+from cfg_parallel.program import Program, interpret
+from reference import reference
+from tiny import TINY, generate
+
+pytestmark = pytest.mark.timeout(180)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fusion() -> Iterator[Fusion]:
+    """Evaluates what this test records."""
+    fusion = Fusion(CPU, interpret, "interpreter")
+    fusion.install()
+    with torch.no_grad():
+        yield fusion
+    fusion.remove()
+
+
+def predictions(count: int, shape: tuple[int, ...] = (2, 4, 8), seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def pend(value: torch.Tensor) -> PendingPrediction:
+    return pending_outputs(lambda: [value], [(value.shape, value.stride(), value.dtype, value.device)])[1][0]
+
+
+def step(p: Any, n: Any, sample: torch.Tensor) -> Any:
+    return sample + -0.1 * (n + 4.0 * (p - n))
+
+
+def test_the_first_of_a_kind_is_checked_and_the_rest_is_fused(fusion: Fusion) -> None:
+    for seed in range(3):
+        p, n, sample = predictions(3, seed=seed)
+        assert torch.equal(settle(step(pend(p), pend(n), sample)), step(p, n, sample))
+    assert fusion.fused == {"cfg + flow_match_euler (interpreter)": 2}
+    assert fusion.replayed == {CHECKED: 1}
+
+
+def test_other_shapes_dtypes_and_layouts_are_of_another_kind(fusion: Fusion) -> None:
+    shapes = [(2, 4, 8), (2, 4, 9), (1, 4, 8), ()]
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            p, n, sample = (t.to(dtype) for t in predictions(3, shape))
+            for _ in range(2):
+                assert torch.equal(settle(step(pend(p), pend(n), sample)), step(p, n, sample))
+    p, n, sample = predictions(3, (2, 4, 8, 8))
+    p, n = (t.to(memory_format=torch.channels_last) for t in (p, n))
+    for _ in range(2):
+        got = settle(step(pend(p), pend(n), sample))
+        assert torch.equal(got, step(p, n, sample))
+        assert got.stride() == step(p, n, sample).stride()
+    assert fusion.replayed == {CHECKED: 2 * len(shapes) + 1}
+
+
+def test_other_numbers_are_of_the_same_kind(fusion: Fusion) -> None:
+    p, n = predictions(2)
+    for scale in (4.0, 7.5, -1.0, 0.0, float("inf")):
+        got = settle(n + scale * (pend(p) - pend(n)))
+        torch.testing.assert_close(got, n + scale * (p - n), rtol=0, atol=0, equal_nan=True)
+    assert sum(fusion.fused.values()) == 4
+
+
+@pytest.mark.parametrize("zeros", [(0.0, -0.0), (-0.0, 0.0)])
+def test_the_sign_of_a_zero_is_structure(fusion: Fusion, zeros: tuple[float, float]) -> None:
+    p = predictions(1)[0]
+    for zero in zeros * 2:
+        got = settle((pend(p) * 2).clamp(-1.0, zero))
+        assert torch.equal(got.signbit(), (p * 2).clamp(-1.0, zero).signbit())
+
+
+def test_a_kernel_that_rounds_otherwise_is_found_out() -> None:
+    def one_ulp_off(
+        program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        interpret(program, inputs, scalars, outputs)
+        outputs[0].copy_(torch.nextafter(outputs[0], torch.tensor(torch.inf)))
+
+    fusion = Fusion(CPU, one_ulp_off, "wrong")
+    fusion.install()
+    p, n, sample = predictions(3)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(settle(step(pend(p), pend(n), sample)), step(p, n, sample))
+    fusion.remove()
+    assert not fusion.fused
+    assert fusion.replayed == {
+        CHECKED: 1,
+        "the fused kernel (cfg + flow_match_euler) does not round as PyTorch does here": 2,
+    }
+
+
+def test_a_value_that_was_left_out_can_still_be_had(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    for _ in range(4):
+        a, b = pend(p), pend(n)
+        guided = b + 4.0 * (a - b)
+        latents = sample + -0.1 * guided
+        settle(latents)
+        assert torch.equal(settle(guided), n + 4.0 * (p - n))
+        assert torch.equal(settle(a), p)
+        assert torch.equal(settle(latents), step(p, n, sample))
+
+
+def test_what_is_asked_for_is_stored_from_then_on(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    left = []
+    for _ in range(4):
+        a, b = pend(p), pend(n)
+        guided = b + 4.0 * (a - b)
+        settle(sample + -0.1 * guided)
+        left.append(is_unsettled(guided))
+        settle(guided)
+    assert left == [True, False, False, False]
+
+
+def test_a_multistep_scheduler_stores_what_its_next_step_reads(fusion: Fusion) -> None:
+    """The history of such a scheduler must not grow into ever longer recordings."""
+    p, n, sample = predictions(3)
+    history: Any = None
+    expected_history: Any = None
+    for _ in range(8):
+        x0 = sample - 0.5 * (pend(n) + 4.0 * (pend(p) - pend(n)))
+        expected_x0 = sample - 0.5 * (n + 4.0 * (p - n))
+        latents = x0 * 0.9 if history is None else x0 * 0.9 + (x0 - history) * 0.3
+        expected = expected_x0 * 0.9 if history is None else expected_x0 * 0.9 + (expected_x0 - expected_history) * 0.3
+        assert torch.equal(settle(latents), expected)
+        history, expected_history = x0, expected_x0
+    assert not is_unsettled(history)
+
+
+def test_an_operand_that_was_overwritten(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    settle(step(pend(p), pend(n), sample))
+    result = step(pend(p), pend(n), sample)
+    sample.add_(1)
+    with pytest.raises(RecordingError, match="changed in place"):
+        settle(result)
+
+
+def test_a_reduction_is_run_by_pytorch_between_two_programs(fusion: Fusion) -> None:
+    def rescale(p: Any, n: Any) -> Any:
+        g = n + 4.0 * (p - n)
+        dims = list(range(1, p.dim()))
+        return 0.7 * (g * (p.std(dim=dims, keepdim=True) / g.std(dim=dims, keepdim=True))) + 0.3 * g
+
+    launches: list[Program] = []
+
+    def execute(program: Program, *rest: Any) -> None:
+        launches.append(program)
+        interpret(program, *rest)
+
+    fusion.execute = execute
+    p, n = predictions(2)
+    for _ in range(2):
+        launches.clear()
+        assert torch.equal(settle(rescale(pend(p), pend(n))), rescale(p, n))
+    assert len(launches) == 2
+    assert fusion.fused == {"cfg + rescale (interpreter)": 1}
+
+
+def test_a_program_that_is_too_large_is_replayed(fusion: Fusion) -> None:
+    tensors = predictions(20)
+    result = pend(tensors[0])
+    expected = tensors[0]
+    for tensor in tensors[1:]:
+        result, expected = result + tensor, expected + tensor  # type: ignore[assignment]
+    assert torch.equal(settle(result), expected)
+    ((reason, count),) = fusion.replayed.items()
+    assert "20 inputs" in reason
+    assert count == 1
+
+
+def test_integers_and_doubles_are_left_to_pytorch(fusion: Fusion) -> None:
+    p, n = predictions(2)
+    for _ in range(2):
+        got = settle(((pend(p) - pend(n)) * 2).double() * 0.1 + 1)
+        assert torch.equal(got, ((p - n) * 2).double() * 0.1 + 1)
+        got = settle(((pend(p) - pend(n)) * 2).to(torch.int32) * 3 + 1)
+        assert torch.equal(got, ((p - n) * 2).to(torch.int32) * 3 + 1)
+
+
+def test_fused_numerics_round_once() -> None:
+    fusion = Fusion(CPU, interpret, "interpreter", exact=False)
+    fusion.install()
+    p, n = (t.bfloat16() for t in predictions(2, (64, 64)))
+    with torch.no_grad():
+        got = settle(n + 4.0 * (pend(p) - n))
+    fusion.remove()
+    wanted = n.double() + 4.0 * (p.double() - n.double())
+    assert torch.equal(got, wanted.to(torch.bfloat16))  # fp32 holds these sums to far more digits than bf16 keeps
+    assert not torch.equal(got, n + 4.0 * (p - n))
+    assert not fusion.replayed
+
+
+def test_settled_at_the_end_what_somebody_holds(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    a, b = pend(p), pend(n)
+    guided = b + 4.0 * (a - b)
+    latents = sample + -0.1 * guided
+    settle_all()
+    assert not is_unsettled(guided)
+    assert not is_unsettled(latents)
+    assert torch.equal(settle(latents), step(p, n, sample))
+
+
+# Pipelines
+
+
+@pytest.fixture
+def with_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device: (interpret, "interpreter"))
+
+
+@pytest.mark.usefixtures("with_interpreter")
+@pytest.mark.parametrize(
+    ("name", "scheduler", "rule"),
+    [
+        ("qwen_image", None, "cfg + norm + flow_match_euler (interpreter)"),
+        ("flux", None, "cfg + flow_match_euler (interpreter)"),
+        ("sd3", None, "cfg + flow_match_euler (interpreter)"),
+        ("wan", None, "cfg + scheduler step (interpreter)"),
+        ("instruct_pix2pix", None, "instruct_pix2pix + scheduler step (interpreter)"),
+        ("sd15", diffusers.DPMSolverMultistepScheduler, "cfg + scheduler step (interpreter)"),
+        ("sdxl", diffusers.EulerAncestralDiscreteScheduler, "cfg + scheduler step (interpreter)"),
+    ],
+)
+def test_pipeline(name: str, scheduler: Any, rule: str) -> None:
+    tiny = TINY[name]
+    plain, pipe = tiny.build(), tiny.build()
+    if scheduler is not None:
+        for each in (plain, pipe):
+            each.scheduler = scheduler.from_config(each.scheduler.config)
+    with enable_cfg_parallel(pipe) as handle:
+        for _ in range(3):
+            inputs = {"num_inference_steps": 6}
+            expected = reference(tiny, plain, tiny.inputs(**inputs))
+            assert torch.equal(generate(pipe, tiny.inputs(**inputs)), expected)
+    report = handle.report
+    assert report.fused == {rule: 6}
+    assert not report.replayed
+    assert f"6 steps: {rule}" in str(report)
+
+
+def test_without_kernels_the_report_says_why() -> None:
+    pipe = TINY["qwen_image"].build()
+    with enable_cfg_parallel(pipe) as handle:
+        generate(pipe, TINY["qwen_image"].inputs())
+    report = handle.report
+    assert not report.fused
+    assert report.replayed == {"there are no fused kernels for cpu": report.steps}
+
+
+def test_numerics_is_checked() -> None:
+    with pytest.raises(ConfigurationError, match="'exact' or 'fused', but got 'fast'"):
+        enable_cfg_parallel(TINY["qwen_image"].build(), numerics="fast")
+
+
+@pytest.mark.usefixtures("with_interpreter")
+def test_fused_numerics_are_close() -> None:
+    pipe, plain = (TINY["qwen_image"].build() for _ in range(2))
+    with enable_cfg_parallel(pipe, numerics="fused") as handle:
+        got = generate(pipe, TINY["qwen_image"].inputs())
+    torch.testing.assert_close(
+        got, reference(TINY["qwen_image"], plain, TINY["qwen_image"].inputs()), rtol=1e-3, atol=1e-3
+    )
+    assert sum(handle.report.fused.values()) == handle.report.steps

@@ -1,0 +1,269 @@
+"""Programs: the kernels against PyTorch, and the specializations against what the lowering makes of their rules."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cfg_parallel import extension
+from cfg_parallel.fusion import Fusion, Plan
+from cfg_parallel.pending import pending_outputs, settle
+from cfg_parallel.program import (
+    DTYPES,
+    MAX_INPUTS,
+    MAX_OUTPUTS,
+    REGISTERS,
+    SCALAR,
+    Instruction,
+    Op,
+    Operand,
+    Program,
+    float32,
+    interpret,
+    launch,
+    reciprocal32,
+)
+
+needs_module = pytest.mark.skipif(extension.missing_reason() is not None, reason="needs the compiled module")
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# What a rule's ops become
+
+
+class Traced(Fusion):
+    """Plans for a GPU, and keeps the programs in place of running them."""
+
+    on_gpu = True  # type: ignore[assignment]
+
+    def __init__(self, exact: bool) -> None:
+        self.programs: list[Program] = []
+        super().__init__(torch.device("cpu"), lambda program, *_: self.programs.append(program), "traced", exact)
+
+    def _make_plan(self, recorded: Any, wanted: frozenset[int]) -> Plan:
+        self._checked.add(recorded.key)
+        return super()._make_plan(recorded, wanted)
+
+
+def traced(fn: Callable[..., Any], dtypes: list[torch.dtype], exact: bool) -> list[Program]:
+    """The programs that `fn` of predictions of these dtypes becomes."""
+    fusion = Traced(exact)
+    fusion.install()
+    try:
+        values = [torch.randn(2, 3, 64).to(dtype) for dtype in dtypes]
+        pendings = [pending_outputs(lambda v=v: [v], [(v.shape, v.stride(), v.dtype, v.device)])[1][0] for v in values]  # type: ignore[misc]
+        settle(fn(*pendings))
+    finally:
+        fusion.remove()
+    return fusion.programs
+
+
+def cfg(p: Any, n: Any) -> Any:
+    return n + 4.0 * (p - n)
+
+
+def norm_preserving(p: Any, n: Any) -> Any:
+    """As QwenImagePipeline."""
+    g = cfg(p, n)
+    return g * (torch.norm(p, dim=-1, keepdim=True) / torch.norm(g, dim=-1, keepdim=True))
+
+
+def euler(sample: Any, like: Any, guided: Any) -> Any:
+    """As FlowMatchEulerDiscreteScheduler.step; the sum stands for dt, a tensor without dimensions on the device."""
+    return (sample.to(torch.float32) + like.float().sum() * guided).to(guided.dtype)
+
+
+RULES: dict[str, tuple[int, Callable[..., Any]]] = {
+    "cfg": (2, cfg),
+    "cfg_cond": (2, lambda p, n: p + 4.0 * (p - n)),
+    "instruct_pix2pix": (3, lambda t, i, n: n + 7.5 * (t - i) + 1.5 * (i - n)),
+    "norm": (2, norm_preserving),
+    "cfg_euler": (3, lambda p, n, sample: euler(sample, sample, cfg(p, n))),
+    "norm_euler": (3, lambda p, n, sample: euler(sample, sample, norm_preserving(p, n))),
+}
+
+
+@needs_module
+def test_each_specialization_is_what_its_rule_is_lowered_to() -> None:
+    wanted: dict[Any, str] = {}
+    for name, (branches, fn) in RULES.items():
+        for dtype in DTYPES:
+            for exact in (True, False):
+                for sample in {torch.float32, dtype} if "euler" in name else {dtype}:
+                    dtypes = [dtype] * branches if "euler" not in name else [dtype, dtype, sample]
+                    (program,) = traced(fn, dtypes, exact)
+                    wanted[_signature(program)] = f"{name} {str(dtype).removeprefix('torch.')}"
+    offered = {
+        (tuple(inputs), tuple(outputs), tuple(map(tuple, code)), tuple(stores)): name
+        for name, inputs, outputs, code, stores in extension.load().specializations()
+    }
+    assert offered == wanted
+
+
+def _signature(program: Program) -> Any:
+    code = tuple((int(i.op), i.dst, i.a, i.b, i.c, DTYPES.index(i.round)) for i in program.code)
+    inputs, outputs = (tuple(DTYPES.index(o.dtype) for o in side) for side in (program.inputs, program.outputs))
+    return inputs, outputs, code, program.stores
+
+
+def test_one_launch_for_guidance_step_and_casts() -> None:
+    for name in ("cfg_euler", "norm_euler"):
+        assert len(traced(RULES[name][1], [torch.bfloat16, torch.bfloat16, torch.bfloat16], True)) == 1
+
+
+def test_a_norm_of_rows_that_exact_mode_cannot_sum_is_left_to_pytorch() -> None:
+    def wide(p: Any, n: Any) -> Any:
+        return norm_preserving(p.reshape(2, 1, 192), n.reshape(2, 1, 192))
+
+    programs = traced(wide, [torch.bfloat16, torch.bfloat16], True)
+    assert len(programs) == 2  # before the norms and after them
+    assert not any(program.has_norm for program in programs)
+
+
+# Numbers
+
+
+def test_float32() -> None:
+    assert float32(0.1) == torch.tensor(0.1, dtype=torch.float32).item()
+    assert float32(1e300) == float("inf")
+    assert float32(float("nan")) != float32(float("nan"))
+
+
+@pytest.mark.parametrize("value", [3.0, -0.1, 1e-45, 1e38, 0.0, -0.0, float("inf"), -7.0])
+def test_reciprocal32(value: float) -> None:
+    expected = 1.0 / torch.tensor(value, dtype=torch.float32)
+    assert torch.equal(torch.tensor(reciprocal32(value)), expected)
+
+
+# The native class
+
+
+def native(shape: list[int], inputs: list[Any], outputs: list[Any], code: list[Any], stores: list[int]) -> Any:
+    return extension.load().Program(shape, inputs, outputs, code, stores)
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([4], [(0, [1])] * 13, [(0, [1])], [], [0]), "at most 12 inputs"),
+        (([4], [(0, [1])], [], [], []), "1 to 4 outputs"),
+        (([4], [(0, [1])], [(0, [1])] * (MAX_OUTPUTS + 1), [], [0] * (MAX_OUTPUTS + 1)), "1 to 4 outputs"),
+        (([4], [(0, [1])], [(0, [1])], [(0, 0, 0, 0, 0, 0)] * 65, [0]), "at most 64 instructions"),
+        (([4], [(0, [1])], [(0, [1])], [(0, REGISTERS, 0, 0, 0, 0)], [0]), "operands in range"),
+        (([4], [(0, [1])], [(0, [1])], [(0, 0, SCALAR + 32, 0, 0, 0)], [0]), "operands in range"),
+        (([4], [(0, [1])], [(0, [1])], [], [REGISTERS]), "outputs from registers"),
+        (([4], [(0, [1])], [(0, [1])], [], []), "a register for each output"),
+        (([4, 4], [(0, [1])], [(0, [4, 1])], [], [0]), "a stride for each dimension"),
+        (([-1], [(0, [1])], [(0, [1])], [], [0]), "sizes of at least 0"),
+        (([4, 24], [(0, [24, 1])], [(0, [24, 1])], [(10, 0, 0, 0, 0, 0)], [0]), "rows of 8, 16"),
+        (([2] * 8, [(0, [0, 1] * 4)], [(0, [1, 3, 9, 27, 81, 243, 729, 2187])], [], [0]), "at most 6 dimensions"),
+    ],
+)
+def test_refused_programs(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(extension.load().Error, match=message):
+        native(*arguments)
+
+
+@pytest.mark.gpu
+def test_wrong_number_of_tensors() -> None:
+    program = native([4], [(0, [1])], [(0, [1])], [], [0])
+    with pytest.raises(extension.load().Error, match="1 inputs and 1 outputs, but got 2 and 1"):
+        program.launch([0, 0], [0], [], 0, 0)
+
+
+@needs_module
+def test_specialization_is_told() -> None:
+    (program,) = traced(cfg, [torch.bfloat16, torch.bfloat16], True)
+    inputs, outputs, code, stores = _signature(program)
+    pairs = [[(d, o.strides) for d, o in zip(dtypes, operands, strict=True)]
+             for dtypes, operands in ((inputs, program.inputs), (outputs, program.outputs))]  # fmt: skip
+    assert native(list(program.shape), *pairs, list(code), list(stores)).specialization == "cfg bfloat16"
+    assert native(list(program.shape), *pairs, list(code[:2]), list(stores)).specialization == ""
+
+
+# The kernels
+
+_SHAPES = [(), (1,), (7,), (8,), (4096,), (4099,), (3, 64), (2, 5, 8), (2, 3, 16, 16), (1, 0, 4), (2, 3, 5, 7, 9)]
+_SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-45, 65504.0, 3e38, 6e-8]
+_OPS = {Op.ADD: 2, Op.SUB: 2, Op.MUL: 2, Op.DIV: 2, Op.NEG: 1, Op.ABS: 1, Op.SQRT: 1, Op.CLAMP: 3, Op.ROUND: 1}
+
+
+def _random_tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    values = torch.randn(shape, generator=generator) * 10 ** rng.uniform(-3, 3)
+    where = torch.rand(shape, generator=generator) < 0.05
+    special = torch.tensor(_SPECIAL)[torch.randint(len(_SPECIAL), shape, generator=generator)]
+    return torch.where(where, special, values).to("cuda", dtype)
+
+
+def _random_layout(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with gaps between rows, in another order of dimensions, or off the 16-byte grid."""
+    how = rng.randrange(4)
+    if how == 1 and tensor.dim():
+        wide = tensor.new_empty((*tensor.shape[:-1], tensor.shape[-1] + rng.choice([1, 8])))
+        return wide[..., : tensor.shape[-1]].copy_(tensor)
+    if how == 2 and tensor.dim() == 4:
+        return tensor.to(memory_format=torch.channels_last)
+    if how == 3:
+        flat = tensor.new_empty(tensor.numel() + 1)[1:]
+        return flat.view(tensor.shape).copy_(tensor)
+    return tensor
+
+
+def _random_program(rng: random.Random) -> tuple[Program, list[torch.Tensor], list[float]]:
+    shape = rng.choice(_SHAPES)
+    inputs = []
+    for _ in range(rng.randint(1, MAX_INPUTS)):
+        dims = tuple(1 if rng.random() < 0.15 else size for size in shape)  # broadcast along some
+        inputs.append(_random_layout(rng, _random_tensor(rng, dims, rng.choice(DTYPES))).expand(shape))
+    scalars = [float32(rng.choice([4.5, -0.3, 1e-3, 0.0, 7.5])) for _ in range(3)]
+    code, alive = [], list(range(len(inputs)))
+    for _ in range(rng.randint(1, 20)):
+        op = rng.choice(list(_OPS))
+        operands = [rng.choice([*alive, SCALAR, SCALAR + 1, SCALAR + 2]) for _ in range(_OPS[op])]
+        dst = rng.randrange(REGISTERS)
+        code.append(Instruction(op, dst, *operands, round=rng.choice(DTYPES)))
+        alive = sorted({*alive, dst})
+    stores = tuple(rng.choice(alive) for _ in range(rng.randint(1, MAX_OUTPUTS)))
+    strides = torch.empty(shape).stride()
+    outputs = tuple(Operand(rng.choice(DTYPES), strides) for _ in stores)
+    program = Program(shape, tuple(Operand(t.dtype, t.stride()) for t in inputs), outputs, tuple(code), stores)
+    return program, inputs, scalars
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """NaNs of any payload count as equal: PyTorch's casts do not keep it."""
+    whole = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.isnan(), b.isnan()) and bool(((a.view(whole) == b.view(whole)) | a.isnan()).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(300))
+def test_random_program(seed: int) -> None:
+    program, inputs, scalars = _random_program(random.Random(seed))
+    outputs = [[torch.empty(program.shape, dtype=o.dtype, device="cuda") for o in program.outputs] for _ in range(2)]
+    launch(program, inputs, scalars, outputs[0])
+    interpret(program, inputs, scalars, outputs[1])
+    for got, expected in zip(*outputs, strict=True):
+        assert same_bits(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_in_the_memory_of_an_input(dtype: torch.dtype) -> None:
+    p, n = (torch.randn(1000, 64, device="cuda").to(dtype) for _ in range(2))
+    expected = cfg(p, n)
+    (program,) = traced(cfg, [dtype, dtype], True)
+    whole = Program((64000,), *((Operand(dtype, (1,)),) * k for k in (2, 1)), program.code, program.stores)
+    launch(whole, [n, p], [4.0], [n])
+    assert same_bits(n, expected)
