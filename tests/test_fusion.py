@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cfg_parallel import ConfigurationError, enable_cfg_parallel
+from cfg_parallel.codec import flat_bytes
 from cfg_parallel.fusion import CHECKED, Fusion
 from cfg_parallel.pending import PendingPrediction, RecordingError, is_unsettled, pending_outputs, settle, settle_all
 from cfg_parallel.program import Program, interpret
@@ -85,10 +86,8 @@ def test_the_sign_of_a_zero_is_structure(fusion: Fusion, zeros: tuple[float, flo
 
 
 def test_a_kernel_that_rounds_otherwise_is_found_out() -> None:
-    def one_ulp_off(
-        program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float], outputs: Sequence[torch.Tensor]
-    ) -> None:
-        interpret(program, inputs, scalars, outputs)
+    def one_ulp_off(program: Program, inputs: Any, scalars: Any, outputs: Sequence[torch.Tensor], arrival: Any) -> None:
+        interpret(program, inputs, scalars, outputs, arrival)
         outputs[0].copy_(torch.nextafter(outputs[0], torch.tensor(torch.inf)))
 
     fusion = Fusion(CPU, one_ulp_off, "wrong")
@@ -217,6 +216,82 @@ def test_settled_at_the_end_what_somebody_holds(fusion: Fusion) -> None:
     assert not is_unsettled(guided)
     assert not is_unsettled(latents)
     assert torch.equal(settle(latents), step(p, n, sample))
+
+
+# Predictions that are still on their way
+
+
+class Arriving:
+    """A call whose output can be had once: borrowed, or by `force`."""
+
+    def __init__(self, value: torch.Tensor, can_borrow: bool = True) -> None:
+        self.offsets = [0]
+        self.taken: list[str] = []
+        self._value = value
+        node, (self.pending,) = pending_outputs(self._force, [(value.shape, value.stride(), value.dtype, value.device)])
+        node.borrow = lambda: self if can_borrow else None
+
+    def copy_out(self, flats: Sequence[torch.Tensor]) -> None:
+        self.taken.append("borrowed")
+        flats[0].copy_(flat_bytes(self._value))
+
+    def _force(self) -> list[torch.Tensor]:
+        self.taken.append("forced")
+        return [self._value]
+
+
+def test_the_kernel_waits_for_a_prediction_itself(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    taken = []
+    for _ in range(3):
+        arriving = Arriving(p)
+        assert torch.equal(settle(step(arriving.pending, pend(n), sample)), step(p, n, sample))
+        assert torch.equal(settle(arriving.pending), p)  # the kernel has kept it
+        taken.append(arriving.taken)
+    assert taken == [["forced"], ["borrowed"], ["borrowed"]]
+
+
+def test_a_prediction_that_cannot_be_borrowed_after_all(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    for _ in range(3):
+        arriving = Arriving(p, can_borrow=False)
+        assert torch.equal(settle(step(arriving.pending, pend(n), sample)), step(p, n, sample))
+        assert arriving.taken == ["forced"]
+
+
+def test_one_of_two_predictions_is_borrowed(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    taken = []
+    for _ in range(3):
+        first, second = Arriving(p), Arriving(n)
+        assert torch.equal(settle(step(first.pending, second.pending, sample)), step(p, n, sample))
+        assert torch.equal(settle(first.pending), p)
+        assert torch.equal(settle(second.pending), n)
+        taken.append(sorted(first.taken + second.taken))
+    assert taken == [["forced", "forced"], ["borrowed", "forced"], ["borrowed", "forced"]]
+
+
+def test_a_prediction_that_pytorch_reads_too_is_received_first(fusion: Fusion) -> None:
+    def rescaled(p: Any, n: Any) -> Any:
+        g = n + 4.0 * (p - n)
+        return g * (p.std() / g.std()) * 0.9
+
+    p, n = predictions(2)
+    for _ in range(3):
+        arriving = Arriving(p)
+        assert torch.equal(settle(rescaled(arriving.pending, pend(n))), rescaled(p, n))
+        assert arriving.taken == ["forced"]
+
+
+def test_a_value_left_out_is_computed_from_the_kept_prediction(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    for i in range(4):
+        arriving = Arriving(p)
+        b = pend(n)
+        guided = b + 4.0 * (arriving.pending - b)
+        latents = sample + -0.1 * guided
+        assert torch.equal(settle(latents), step(p, n, sample))
+        assert torch.equal(settle(guided), n + 4.0 * (p - n)), i
 
 
 # Pipelines

@@ -32,6 +32,7 @@ from cfg_parallel.lowering import (
 from cfg_parallel.program import Execute
 from cfg_parallel.recording import Node, Ref, ancestors, check_versions, recording, replay, run
 from cfg_parallel.rules import name_of
+from cfg_parallel.transports.peer import Arrival
 
 _PLAN_LIMIT = 1024
 CHECKED = "the fused kernels were compared with it, once for each kind of step"
@@ -45,6 +46,7 @@ class Plan:
     actions: list[int | Launch]
     left: list[int]
     label: str
+    borrowed: frozenset[int] = frozenset()  # calls whose output only a launch reads, which can wait for it itself
     unfit: str | None = None  # why the recording is replayed instead
 
 
@@ -83,10 +85,10 @@ class Fusion:
     def evaluate(self, nodes: Sequence[Node]) -> None:
         """Give the last of `nodes` its values. They are unsettled, operands first."""
         calls = [node for node in nodes if node.op is None]
-        replay(calls)
+        replay([call for call in calls if call.borrow is None])
         nodes = [node for node in nodes if node.values is None]
         reason = self._evaluate(nodes)
-        if calls and nodes:
+        if calls and nodes[-1:] != calls[-1:]:
             if reason is None:
                 self.fused[self._label] += 1
             else:
@@ -103,7 +105,7 @@ class Fusion:
                 self._wanted.add(node.left_by)
                 replay(ancestors(node))
         nodes = [node for node in nodes if node.values is None]
-        if len(nodes) < 2:
+        if sum(node.op is not None for node in nodes) < 2:
             replay(nodes)
             return "a single op has nothing to be fused with"
         recorded = _Recorded(nodes, self.device)
@@ -133,22 +135,36 @@ class Fusion:
         for node in nodes:
             check_versions(node)
         for action in plan.actions:
-            if isinstance(action, int):
+            if not isinstance(action, int):
+                self._launch_and_settle(action, recorded)
+            elif action not in plan.borrowed:
                 run(nodes[action])
-            else:
-                for position, value in zip(action.outputs, self._launch(action, recorded), strict=True):
-                    nodes[position].settle([value])
         for position in plan.left:
             nodes[position].left_by = recorded.ways[position]
 
-    def _launch(self, launch: Launch, recorded: _Recorded) -> list[torch.Tensor]:
+    def _launch_and_settle(self, launch: Launch, recorded: _Recorded) -> None:
+        """A call that is on its way is waited for by the kernel, which also keeps a copy of its output."""
+        nodes = recorded.nodes
+        arrival = None
+        for source in launch.inputs:
+            call = nodes[source.position] if source.position is not None else None
+            if call is not None and call.values is None:
+                arrival = call.borrow() if call.borrow is not None else None
+                if arrival is None:
+                    run(call)
+        outputs = self._launch(launch, recorded, arrival)
+        for position, value in zip(launch.outputs, outputs, strict=True):
+            if nodes[position].values is None:  # a call may have turned out to be here already
+                nodes[position].settle([value])
+
+    def _launch(self, launch: Launch, recorded: _Recorded, arrival: Arrival | None = None) -> list[torch.Tensor]:
         assert self.execute is not None
         inputs = [recorded.value(source) for source in launch.inputs]
         specs = [recorded.nodes[position].specs[0] for position in launch.outputs]
         outputs = [
             torch.empty_strided(shape, strides, dtype=dtype, device=self.device) for shape, strides, dtype in specs
         ]
-        self.execute(launch.program, inputs, launch.scalar_values(recorded.scalars), outputs)
+        self.execute(launch.program, inputs, launch.scalar_values(recorded.scalars), outputs, arrival)
         return outputs
 
     def _check(self, plan: Plan, recorded: _Recorded) -> None:
@@ -174,12 +190,13 @@ class Fusion:
         tries = [False] if recorded.key in self._without_norm else [True, False]
         for with_norm in tries:
             try:
-                actions, left = _Planner(recorded, self.exact, self.on_gpu, with_norm).plan(wanted)
+                planner = _Planner(recorded, self.exact, self.on_gpu, with_norm)
+                actions, left = planner.plan(wanted)
             except Unfusable as error:
                 unfit = f"the ops do not fit in one program: {error}"
                 continue
             if any(isinstance(action, Launch) for action in actions):
-                return Plan(actions, left, label)
+                return Plan(actions, left, label, planner.borrowed)
             unfit = "there are no two elementwise ops in a row"
         return Plan([], [], label, unfit=unfit)
 
@@ -205,12 +222,13 @@ class _Recorded:
             self.ways.append(hash(tuple(self._way)))
         self.key = tuple(key)
 
-    def value(self, source: Source) -> torch.Tensor:
-        """A launch's input, laid out as the plan was made for."""
+    def value(self, source: Source) -> torch.Tensor | None:
+        """A launch's input, laid out as the plan was made for; None for one that is on its way."""
         if source.position is None:
             return self.tensors[source.index]
         node = self.nodes[source.position]
-        assert node.values is not None
+        if node.values is None:
+            return None
         value = node.values[source.index]
         shape, strides, dtype = node.specs[source.index]
         if all(size == 1 or a == b for size, a, b in zip(shape, value.stride(), strides, strict=True)):
@@ -270,12 +288,15 @@ class _Planner:
     """Decides for each op whether a program computes it, and in which stage: between two stages PyTorch runs ops."""
 
     def __init__(self, recorded: _Recorded, exact: bool, on_gpu: bool, with_norm: bool) -> None:
+        self._nodes = recorded.nodes
         self._steps = recorded.steps
         self._position = recorded.position
         self._exact, self._on_gpu, self._with_norm = exact, on_gpu, with_norm
         self._by_torch: set[int] = set()
         self._computed: list[bool] = []
         self._stage: list[int] = []
+        self._borrowable: frozenset[int] = frozenset()
+        self.borrowed: frozenset[int] = frozenset()
 
     def plan(self, wanted: frozenset[int]) -> tuple[list[int | Launch], list[int]]:
         while True:
@@ -286,6 +307,7 @@ class _Planner:
             if not unfit:
                 break
             self._by_torch |= unfit
+        self._borrowable = self._not_read_by_torch()
         actions: list[int | Launch] = []
         for stage in range(max(self._stage) + 1):
             members = [i for i in range(len(self._steps)) if self._stage[i] == stage]
@@ -297,6 +319,9 @@ class _Planner:
                     by_shape.setdefault(shape, []).append(i)
             for shape, outputs in by_shape.items():
                 actions += self._launches(shape, outputs, stage)
+        launches = [action for action in actions if isinstance(action, Launch)]
+        read = [source.position for launch in launches for source in launch.inputs]
+        self.borrowed = frozenset(i for i in self.borrowed if read.count(i) == 1)
         return actions, [i for i, computed in enumerate(self._computed) if computed and i not in required]
 
     def _classify(self, wanted: frozenset[int]) -> None:
@@ -326,6 +351,11 @@ class _Planner:
             return self._with_norm and self._on_gpu and is_row_norm(step, self._exact)
         return is_elementwise(step, self._exact, self._on_gpu)
 
+    def _not_read_by_torch(self) -> frozenset[int]:
+        """The calls whose output only programs read."""
+        read = {self._position[r.node] for i, s in enumerate(self._steps) if not self._computed[i] for r in s.refs()}
+        return frozenset(i for i, node in enumerate(self._nodes) if node.op is None and i not in read)
+
     def _required(self, wanted: frozenset[int]) -> set[int]:
         """The computed ops whose values something other than their own stage's programs needs."""
         required = {i for i in (*wanted, len(self._steps) - 1) if self._computed[i]}
@@ -343,7 +373,14 @@ class _Planner:
             if len(outputs) == 1:
                 raise
             return [action for output in outputs for action in self._launches(shape, [output], stage)]
-        alone = len(launch.program.code) < 2 and len(outputs) == 1
+        arriving = [s.position for s in launch.inputs if s.position is not None and s.position in self._borrowable]
+        if arriving:
+            try:  # with a copy of what arrives: somebody may still ask for it, and the place it comes to is used again
+                launch = self._lower(shape, [*outputs, arriving[-1]], stage)
+                self.borrowed |= {arriving[-1]}
+            except Unfusable:
+                pass  # then it is received first
+        alone = len(launch.program.code) < 2 and len(launch.outputs) == 1
         reads = [self._position[ref.node] for ref in self._steps[outputs[0]].refs()]
         if alone and not any(self._computed[p] and self._stage[p] == stage for p in reads):
             return [outputs[0]]  # PyTorch's own kernel does as well
@@ -353,7 +390,8 @@ class _Planner:
         def computed(i: int) -> bool:
             return self._computed[i] and self._stage[i] == stage
 
-        return Lowering(self._steps, self._position, computed, shape, self._exact, self._on_gpu).launch(outputs)
+        lowering = Lowering(self._nodes, self._steps, self._position, computed, shape, self._exact, self._on_gpu)
+        return lowering.launch(outputs)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -35,6 +35,7 @@ from cfg_parallel.pending import (
 from cfg_parallel.program import executor
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
 from cfg_parallel.timing import Mark, mark
+from cfg_parallel.transports.peer import Arrival
 
 _LEARNED_LIMIT = 4096  # signatures; a server with prompts of every length must not grow
 # A split by rows runs other kernels, which round otherwise; a wrong split changes the result. Relative 2-norms.
@@ -223,6 +224,7 @@ class Leader:
         node, pendings = self._pending(
             lambda: self._collect(generation, step, call, follower, remote_call, template), template.specs
         )
+        node.borrow = lambda: _borrow(remote_call, template)
         step.branches += 1
         step.shipped += 1
         step.nodes.append(node)
@@ -308,7 +310,9 @@ class Leader:
             ) -> Sequence[torch.Tensor]:
                 return self._collect(generation, step, part, follower, remote_call, template)
 
-            parts.append(self._pending(force, template.specs)[1])
+            node, pendings = self._pending(force, template.specs)
+            node.borrow = lambda remote_call=remote_call: _borrow(remote_call, template)  # type: ignore[misc]
+            parts.append(pendings)
         parts.extend(settled_outputs(tensors) for _, tensors in outputs)  # type: ignore[arg-type]
         return parts, template
 
@@ -360,6 +364,15 @@ class Leader:
             generation.given_up.add(follower)
             generation.note(str(error))
             warnings.warn(f"{error} Its calls of this generation are run on {self.device}.", stacklevel=2)
+
+
+def _borrow(remote_call: RemoteCall, template: Template) -> Arrival | None:
+    """None when the call's values are to be had in another way, which also deals with what went wrong."""
+    try:
+        _, specs = remote_call.wait()
+        return remote_call.borrow() if len(specs) == 1 and specs == template.specs else None
+    except (RemoteCallError, FollowerLostError):
+        return None
 
 
 def _was_read(node: Node) -> bool:

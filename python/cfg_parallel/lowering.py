@@ -240,6 +240,7 @@ class Lowering:
     """Builds one program over `shape` (without dimensions of size 1). `computed(position)` tells which ops are part of
     it and not inputs."""
 
+    nodes: Sequence[Node]
     steps: Sequence[Step]
     position: dict[Node, int]
     computed: Callable[[int], bool]
@@ -255,7 +256,9 @@ class Lowering:
         for position in outputs:
             step = self.steps[position]
             count = iter(range(len(self.shape)))
-            roots.append(self._lower(position, tuple(next(count) if size != 1 else -1 for size in step.shape)))
+            dims = tuple(next(count) if size != 1 else -1 for size in step.shape)
+            is_call = step.op is None
+            roots.append(self._read(Ref(self.nodes[position], 0), dims) if is_call else self._lower(position, dims))
         operands = [
             Operand(self.steps[p].dtype, self._strides(self.steps[p].shape, self.steps[p].strides)) for p in outputs
         ]

@@ -14,11 +14,15 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cfg_parallel import extension
+from cfg_parallel.codec import flat_bytes
+
+if TYPE_CHECKING:
+    from cfg_parallel.transports.peer import Arrival
 
 MAX_INPUTS = 12
 MAX_OUTPUTS = 4
@@ -92,7 +96,7 @@ def reciprocal32(value: float) -> float:
     return float32(1.0 / value)  # fp64 has more than twice the digits, so rounding twice is rounding once
 
 
-Execute = Callable[["Program", Sequence[torch.Tensor], Sequence[float], Sequence[torch.Tensor]], None]
+Execute = Callable[..., None]  # `launch`, or what takes its place
 
 
 def executor(device: torch.device) -> tuple[Execute | None, str]:
@@ -106,17 +110,26 @@ def executor(device: torch.device) -> tuple[Execute | None, str]:
 
 
 def launch(
-    program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float], outputs: Sequence[torch.Tensor]
+    program: Program,
+    inputs: Sequence[torch.Tensor | None],
+    scalars: Sequence[float],
+    outputs: Sequence[torch.Tensor],
+    arrival: Arrival | None = None,
 ) -> None:
-    """Fill `outputs` with one kernel on the current stream of their device."""
+    """Fill `outputs` with one kernel on the current stream of their device.
+
+    With an `arrival`, the input that is None is its only tensor: the kernel waits for it, chunk by chunk."""
     device = outputs[0].device
     _native(program).launch(
-        [tensor.data_ptr() for tensor in inputs],
+        [0 if tensor is None else tensor.data_ptr() for tensor in inputs],
         [tensor.data_ptr() for tensor in outputs],
         scalars,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
+        None if arrival is None else (list(inputs).index(None), arrival.offsets[0], arrival.wait),
     )
+    if arrival is not None:
+        arrival.launched()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -131,11 +144,18 @@ def _native(program: Program) -> Any:
 
 
 def interpret(
-    program: Program, inputs: Sequence[torch.Tensor], scalars: Sequence[float], outputs: Sequence[torch.Tensor]
+    program: Program,
+    inputs: Sequence[torch.Tensor | None],
+    scalars: Sequence[float],
+    outputs: Sequence[torch.Tensor],
+    arrival: Arrival | None = None,
 ) -> None:
-    """Fill `outputs`, by PyTorch ops in fp32. No FMA: a CPU's PyTorch has none that rounds once for sure."""
+    """What `launch` does, by PyTorch ops in fp32. No FMA: a CPU's PyTorch has none that rounds once for sure."""
     registers: list[Any] = [None] * REGISTERS
     for i, (tensor, operand) in enumerate(zip(inputs, program.inputs, strict=True)):
+        if tensor is None:
+            tensor = torch.empty_strided(program.shape, operand.strides, dtype=operand.dtype, device=outputs[0].device)
+            arrival.copy_out([flat_bytes(tensor)])  # type: ignore[union-attr]
         registers[i] = tensor.as_strided(program.shape, operand.strides).float()
 
     def value(operand: int) -> torch.Tensor:

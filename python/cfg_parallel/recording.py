@@ -35,6 +35,7 @@ class Node:
     __slots__ = (
         "__weakref__",
         "args",
+        "borrow",
         "device",
         "force",
         "kwargs",
@@ -71,6 +72,8 @@ class Node:
         self.rows = 0
         self.row_splits: set[int] = set()  # into how many equal parts the rows of this call were taken apart
         self.parts: Sequence[Sequence[torch.Tensor]] = ()  # the outputs of a batch that was split, part by part
+        # Of a call: its output where another device writes it, for a kernel that waits for it there; None if it cannot.
+        self.borrow: Callable[[], Any] | None = None
         self.left_by: Any = None  # the fused evaluation that did not need this node's value
         recording.unsettled.add(self)
 
@@ -83,6 +86,7 @@ class Node:
         """Note the values, and let go of what led here."""
         self.values = values
         self.args, self.kwargs, self.versions, self.force, self.leaf, self.left_by = (), {}, (), None, None, None
+        self.borrow = None
         recording.unsettled.discard(self)
 
     def recorded(self) -> tuple[Any, ...]:
