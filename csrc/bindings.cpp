@@ -4,28 +4,33 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "check.h"
-#include "combine.h"
 #include "device_guard.h"
 #include "nccl.h"
+#include "peer.h"
+#include "program.h"
 
 namespace py = pybind11;
 
 namespace cfg_parallel {
 namespace {
 
-// Freeing a communicator can wait for the network; other Python threads, the one that would abort it among them,
-// must be able to run meanwhile.
+// Freeing a communicator can wait for the network, and freeing device memory for the device; other Python threads, the
+// one that would abort the wait among them, must be able to run meanwhile.
 struct DeleteWithoutGil {
-  void operator()(NcclComm* comm) const {
+  template <typename T>
+  void operator()(T* object) const {
     const py::gil_scoped_release release;
-    delete comm;
+    delete object;
   }
 };
 
@@ -51,6 +56,18 @@ NcclUniqueId to_unique_id(const py::bytes& bytes) {
   return id;
 }
 
+// (pointer, bytes, offset in the piece)
+using PySegments = std::vector<std::tuple<std::uintptr_t, std::int64_t, std::int64_t>>;
+
+std::vector<PeerSegment> to_segments(const PySegments& tuples) {
+  std::vector<PeerSegment> segments;
+  segments.reserve(tuples.size());
+  for (const auto& [pointer, bytes, offset] : tuples) {
+    segments.push_back({reinterpret_cast<void*>(pointer), bytes, offset});
+  }
+  return segments;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = CFG_PARALLEL_VERSION;
@@ -73,23 +90,65 @@ int cuda_device_count() {
   return count;
 }
 
-void combine(std::uintptr_t cond, std::uintptr_t uncond, std::uintptr_t out, std::int64_t numel, float scale,
-             DType dtype, Numerics numerics, int device, std::uintptr_t stream) {
+// As program.py holds them: (op, dst, a, b, c, round).
+using PyInstruction = std::array<int, 6>;
+using PyOperand = std::pair<int, std::vector<std::int64_t>>;
+
+std::vector<Operand> to_operands(const std::vector<PyOperand>& pairs) {
+  std::vector<Operand> operands;
+  for (const auto& [dtype, strides] : pairs) operands.push_back({static_cast<DType>(dtype), strides});
+  return operands;
+}
+
+std::unique_ptr<Program> make_program(std::vector<std::int64_t> shape, const std::vector<PyOperand>& inputs,
+                                      const std::vector<PyOperand>& outputs, const std::vector<PyInstruction>& code,
+                                      std::vector<std::uint8_t> stores) {
+  std::vector<Instruction> instructions;
+  const auto byte = [](int value) { return static_cast<std::uint8_t>(value); };
+  for (const auto& [op, dst, a, b, c, round] : code) {
+    instructions.push_back({static_cast<Op>(op), byte(dst), byte(a), byte(b), byte(c), static_cast<DType>(round)});
+  }
+  return std::make_unique<Program>(std::move(shape), to_operands(inputs), to_operands(outputs), std::move(instructions),
+                                   std::move(stores));
+}
+
+// (input, offset in the slot, wait): see PeerInput.
+using PyPeerInput = std::tuple<int, std::int64_t, PeerWait>;
+
+void launch_program(const Program& program, const std::vector<std::uintptr_t>& inputs,
+                    const std::vector<std::uintptr_t>& outputs, const std::vector<float>& scalars, int device,
+                    std::uintptr_t stream, const std::optional<PyPeerInput>& peer) {
+  std::vector<const void*> in;
+  std::vector<void*> out;
+  for (const std::uintptr_t pointer : inputs) in.push_back(reinterpret_cast<const void*>(pointer));
+  for (const std::uintptr_t pointer : outputs) out.push_back(reinterpret_cast<void*>(pointer));
   const DeviceGuard guard(device);
-  launch_combine({.cond = reinterpret_cast<const void*>(cond),
-                  .uncond = reinterpret_cast<const void*>(uncond),
-                  .out = reinterpret_cast<void*>(out),
-                  .numel = numel,
-                  .scale = scale,
-                  .dtype = dtype,
-                  .numerics = numerics},
-                 reinterpret_cast<cudaStream_t>(stream));
+  std::optional<PeerInput> arriving;
+  if (peer) arriving = {.input = std::get<0>(*peer), .offset = std::get<1>(*peer), .wait = std::get<2>(*peer)};
+  program.launch(in, out, scalars, arriving ? &*arriving : nullptr, reinterpret_cast<cudaStream_t>(stream));
+}
+
+py::list list_specializations() {
+  py::list all;
+  for (const Specialization& known : specializations()) {
+    py::list code;
+    for (const Instruction& i : known.code) {
+      code.append(py::make_tuple(static_cast<int>(i.op), i.dst, i.a, i.b, i.c, static_cast<int>(i.round)));
+    }
+    const auto dtypes = [](const std::vector<DType>& values) {
+      py::list list;
+      for (const DType value : values) list.append(static_cast<int>(value));
+      return list;
+    };
+    all.append(py::make_tuple(known.name, dtypes(known.inputs), dtypes(known.outputs), code, known.stores));
+  }
+  return all;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CUDA kernels and NCCL point-to-point of cfg-parallel. Raw pointers in, nothing of PyTorch.";
+  m.doc() = "CUDA kernels, NCCL point-to-point and CUDA IPC of cfg-parallel. Raw pointers in, nothing of PyTorch.";
   const auto release_gil = py::call_guard<py::gil_scoped_release>();
 
   py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
@@ -97,14 +156,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What the module was built with.");
   m.def("cuda_device_count", &cuda_device_count, "Number of visible CUDA devices; 0 without a GPU or driver.");
 
-  py::enum_<DType>(m, "DType")
-      .value("float32", DType::kFloat32)
-      .value("float16", DType::kFloat16)
-      .value("bfloat16", DType::kBFloat16);
-  py::enum_<Numerics>(m, "Numerics").value("exact", Numerics::kExact).value("fused", Numerics::kFused);
-  m.def("combine", &combine, py::arg("cond"), py::arg("uncond"), py::arg("out"), py::arg("numel"), py::arg("scale"),
-        py::kw_only(), py::arg("dtype"), py::arg("numerics"), py::arg("device"), py::arg("stream"), release_gil,
-        "out = uncond + scale * (cond - uncond) on raw device pointers.");
+  py::class_<Program>(m, "Program")
+      .def(py::init(&make_program), py::arg("shape"), py::arg("inputs"), py::arg("outputs"), py::arg("code"),
+           py::arg("stores"))
+      .def("launch", &launch_program, py::arg("inputs"), py::arg("outputs"), py::arg("scalars"), py::arg("device"),
+           py::arg("stream"), py::arg("peer") = py::none(), release_gil)
+      .def_property_readonly("specialization", &Program::specialization);
+  m.def("specializations", &list_specializations);
 
   m.def("nccl_version", &nccl_version, "NCCL's version as one number: 22809 for 2.28.9.");
   m.def(
@@ -144,6 +202,50 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("rank", &NcclComm::rank)
       .def_property_readonly("world_size", &NcclComm::world_size)
       .def_property_readonly("device", &NcclComm::device);
+
+  py::enum_<PeerFailure>(m, "PeerFailure")
+      .value("none", PeerFailure::kNone)
+      .value("timeout", PeerFailure::kTimeout)
+      .value("aborted", PeerFailure::kAborted)
+      .value("peer_failed", PeerFailure::kPeerFailed)
+      .value("broken", PeerFailure::kBroken);
+  py::class_<PeerWait>(m, "PeerWait", "What a kernel needs to read the next piece where it lies; opaque.");
+  m.attr("PEER_MAX_SEGMENTS") = kPeerMaxSegments;
+
+  py::class_<PeerEndpoint, std::unique_ptr<PeerEndpoint, DeleteWithoutGil>>(m, "PeerEndpoint")
+      .def(py::init([](int device, std::int64_t slot_bytes, std::int64_t chunk_bytes, int push_blocks_per_sm) {
+             return std::unique_ptr<PeerEndpoint, DeleteWithoutGil>(
+                 new PeerEndpoint(device, slot_bytes, chunk_bytes, push_blocks_per_sm));
+           }),
+           py::arg("device"), py::kw_only(), py::arg("slot_bytes"), py::arg("chunk_bytes"),
+           py::arg("push_blocks_per_sm") = 2, release_gil)
+      .def("handle", [](const PeerEndpoint& self) { return py::bytes(self.handle()); })
+      .def("connect", &PeerEndpoint::connect, py::arg("handle"), release_gil)
+      .def(
+          "gate", [](PeerEndpoint& self, std::uintptr_t stream) { self.gate(reinterpret_cast<cudaStream_t>(stream)); },
+          py::arg("stream"), release_gil)
+      .def(
+          "push",
+          [](PeerEndpoint& self, const PySegments& segments, std::uintptr_t stream) {
+            self.push(to_segments(segments), reinterpret_cast<cudaStream_t>(stream));
+          },
+          py::arg("segments"), py::arg("stream"), release_gil)
+      .def(
+          "pull",
+          [](PeerEndpoint& self, const PySegments& segments, std::uintptr_t stream) {
+            self.pull(to_segments(segments), reinterpret_cast<cudaStream_t>(stream));
+          },
+          py::arg("segments"), py::arg("stream"), release_gil)
+      .def("wait", &PeerEndpoint::wait)
+      .def("abort", &PeerEndpoint::abort)
+      .def("detach", &PeerEndpoint::detach, release_gil)
+      .def("close", &PeerEndpoint::close, release_gil)
+      .def_property("timeout", &PeerEndpoint::timeout, &PeerEndpoint::set_timeout)
+      .def_property_readonly("push_failure", &PeerEndpoint::push_failure)
+      .def_property_readonly("pull_failure", &PeerEndpoint::pull_failure)
+      .def_property_readonly("device", &PeerEndpoint::device)
+      .def_property_readonly("slot_bytes", &PeerEndpoint::slot_bytes)
+      .def_property_readonly("chunk_bytes", &PeerEndpoint::chunk_bytes);
 }
 
 }  // namespace cfg_parallel

@@ -8,9 +8,9 @@
 
 namespace cfg_parallel {
 
-// kVec values that move as one access; the alignment is what lets the compiler emit a single 16-byte instruction.
+// kVec values that move together; the alignment is what lets the compiler emit 16-byte instructions.
 template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) Vec {
+struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec {
   T values[kVec];
 };
 

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import guiders
 
 from cfg_parallel import ConfigurationError, enable_cfg_parallel
 from cfg_parallel.codec import flat_bytes
@@ -216,6 +217,36 @@ def test_settled_at_the_end_what_somebody_holds(fusion: Fusion) -> None:
     assert not is_unsettled(guided)
     assert not is_unsettled(latents)
     assert torch.equal(settle(latents), step(p, n, sample))
+
+
+# The guiders of Modular Diffusers
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("guider", "options", "rule"),
+    [
+        (guiders.ClassifierFreeGuidance, {}, "cfg"),
+        (guiders.ClassifierFreeGuidance, {"guidance_rescale": 0.7}, "cfg + rescale"),
+        (guiders.ClassifierFreeGuidance, {"use_original_formulation": True}, "cfg_cond"),
+        (guiders.ClassifierFreeZeroStarGuidance, {}, "zero_star"),
+        (guiders.AdaptiveProjectedGuidance, {}, "apg"),
+        (
+            guiders.AdaptiveProjectedGuidance,
+            {"adaptive_projected_guidance_momentum": -0.5, "adaptive_projected_guidance_rescale": 15.0},
+            "apg",
+        ),
+    ],
+)
+def test_guider(fusion: Fusion, guider: Any, options: dict[str, Any], rule: str, dtype: torch.dtype) -> None:
+    mine, plain = guider(**options), guider(**options)
+    for i in range(4):
+        p, n = (t.to(dtype) for t in predictions(2, (2, 4, 8, 8), seed=i))
+        for each in (mine, plain):
+            each.set_state(step=i + 1, num_inference_steps=10, timestep=torch.tensor(500.0))
+        assert torch.equal(settle(mine.forward(pend(p), pend(n)).pred), plain.forward(p, n).pred)
+    assert fusion.fused == {f"{rule} (interpreter)": 3}
 
 
 # Predictions that are still on their way

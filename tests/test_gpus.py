@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tiny import TINY, generate
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.timeout(240)]
 
 
-_CASES = [(name, torch.bfloat16, "nccl") for name in TINY]
+_CASES = [(name, torch.bfloat16, "peer") for name in TINY]
+_CASES += [(name, torch.float32, "peer") for name in ("qwen_image", "wan", "sdxl", "instruct_pix2pix")]
+_CASES += [(name, torch.bfloat16, "nccl") for name in TINY]
 _CASES += [(name, torch.float32, "nccl") for name in ("qwen_image", "sdxl", "instruct_pix2pix")]
 _CASES += [(name, torch.bfloat16, "host") for name in ("qwen_image_edit", "sd15")]
 
@@ -38,7 +41,30 @@ def test_equals_one_gpu(name: str, dtype: torch.dtype, transport: str) -> None:
             assert report.parallel_steps == report.steps >= 3
 
 
-def test_auto_takes_nccl() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def fused() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFG_PARALLEL_FUSED", "1")
+        yield
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "wan", "sdxl", "sd3", "instruct_pix2pix"])
+def test_every_step_is_fused_once_its_kind_was_checked(name: str) -> None:
+    tiny = TINY[name]
+    plain, enabled = (tiny.build().to("cuda", torch.bfloat16) for _ in range(2))
+    with cfg_parallel.enable_cfg_parallel(enabled, transport="peer", follower_timeout=60) as handle:
+        for seed in range(3):
+            inputs = tiny.inputs(seed, num_inference_steps=6)
+            expected = reference(tiny, plain, tiny.inputs(seed, num_inference_steps=6), seed=seed)
+            assert torch.equal(generate(enabled, inputs, seed), expected)
+    report = handle.report
+    assert sum(report.fused.values()) == report.steps
+    assert all(what.endswith("(cuda)") for what in report.fused)
+    assert not report.replayed
+
+
+def test_auto_takes_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CFG_PARALLEL_PEER", raising=False)
     pipe = TINY["qwen_image"].build().to("cuda")
     with cfg_parallel.enable_cfg_parallel(pipe) as handle:
         generate(pipe, TINY["qwen_image"].inputs())
@@ -46,7 +72,7 @@ def test_auto_takes_nccl() -> None:
         assert handle.report.devices == ["cuda:0", "cuda:1"]
 
 
-@pytest.mark.parametrize("transport", ["nccl", "host"])
+@pytest.mark.parametrize("transport", ["peer", "nccl", "host"])
 def test_follower_killed_during_a_generation_is_no_hang(transport: str) -> None:
     tiny = TINY["qwen_image"]
     plain, enabled = tiny.build().to("cuda"), tiny.build().to("cuda")
@@ -67,7 +93,7 @@ def test_follower_killed_during_a_generation_is_no_hang(transport: str) -> None:
             try:
                 got = generate(enabled, tiny.inputs(callback_on_step_end=on_step))
             except cfg_parallel.FollowerLostError:
-                assert transport == "nccl"
+                assert transport in ("nccl", "peer")
             else:
                 assert torch.equal(got, expected)
         assert time.monotonic() - start < 30

@@ -165,6 +165,8 @@ UNARY: dict[str, Callable[[Any, int, int], Any]] = {
     "sigmoid": lambda p, d, k: p.sigmoid(),
     "clamp": lambda p, d, k: p.clamp(-0.5, 0.5),
     "clamp min": lambda p, d, k: p.clamp(min=0),
+    "clamp_min": lambda p, d, k: p.clamp_min(0.5),
+    "clamp_max": lambda p, d, k: p.clamp_max(0.5),
     "slice": lambda p, d, k: p.narrow(d, 0, p.shape[d] // 2),
     "slice step": lambda p, d, k: p[:: k + 1],
     "slice negative": lambda p, d, k: p[..., -2:],

@@ -1,4 +1,4 @@
-"""The host and NCCL transports between two processes: every byte arrives, nothing grows, a peer's death is noticed."""
+"""The transports between two processes: every byte arrives, nothing grows, a peer's death is noticed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ import psutil
 import pytest
 import torch
 
-from cfg_parallel import transports
+from cfg_parallel import extension, transports
+from cfg_parallel.codec import flat_bytes
 from cfg_parallel.errors import CfgParallelError, ConfigurationError, FollowerLostError
 from cfg_parallel.link import Link
 from cfg_parallel.transports.host import HostTransport
 from cfg_parallel.transports.nccl import NcclTransport
+from cfg_parallel.transports.peer import PeerTransport, offer
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn]
@@ -48,12 +50,18 @@ PEER = textwrap.dedent("""
         header = link.read()
         kind = header["kind"]
         if kind == "close":
-            link.close()
+            if link.transport.name != "peer":
+                link.close()
             break
         if kind == "transport":
-            from cfg_parallel.transports.nccl import NcclTransport
-            link.send({"kind": "connecting"})
-            link.transport = NcclTransport.connect(header["ids"], 1, device, 60)
+            if header["name"] == "peer":
+                from cfg_parallel.transports.peer import PeerTransport, accept
+                accept(link, PeerTransport(device, *map(int, sys.argv[3:])), header)
+                link.send({"kind": "connected"})
+            else:
+                from cfg_parallel.transports.nccl import NcclTransport
+                link.send({"kind": "connecting"})
+                link.transport = NcclTransport.connect(header["ids"], 1, device, 60)
             continue
         if kind == "hang":
             time.sleep(600)
@@ -64,7 +72,34 @@ PEER = textwrap.dedent("""
         elif kind == "add":  # results in the order of the calls, however late they are asked for
             if header.get("cycles"):
                 torch.cuda._sleep(header["cycles"])
+            for _ in range(header.get("launches", 0)):
+                torch.zeros(1, device=device)
             link.send({"kind": "sum"}, [t + 1 for t in tensors])
+        elif kind == "stream":  # without a header for each message
+            import random
+            from cfg_parallel.codec import flat_bytes
+            chance = random.Random(1)
+            for i in range(header["count"]):
+                if chance.random() < 0.02:
+                    torch.cuda._sleep(chance.randrange(300_000))
+                value = torch.empty(header["sizes"][i % len(header["sizes"])], device=device)
+                link.transport.pull(None, [flat_bytes(value)])
+                link.transport.push([flat_bytes(value + 1)])
+            torch.cuda.synchronize()
+            link.send({"kind": "streamed"})
+        elif kind == "replay":
+            endpoint = link.transport.endpoint
+            value = torch.zeros(header["numel"], device=device).add_(1)
+            segments, graph = [(value.data_ptr(), value.nbytes, 0)], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                stream = torch.cuda.current_stream().cuda_stream
+                endpoint.pull(segments, stream)
+                value.add_(1)
+                endpoint.push(segments, stream)
+            for _ in range(header["count"]):
+                graph.replay()
+            torch.cuda.synchronize()
+            link.send({"kind": "replayed"})
         elif kind == "facts":
             import os
             transport = link.transport
@@ -78,19 +113,27 @@ PEER = textwrap.dedent("""
 class Peer:
     """The other process, and this side's link to it."""
 
-    def __init__(self, here: torch.device = CPU, there: torch.device = CPU) -> None:
+    def __init__(self, here: torch.device = CPU, there: torch.device = CPU, slot_bytes: int = 64 << 20) -> None:
         ours, theirs = socket.socketpair()
         package = str(Path(transports.__file__).resolve().parents[2])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PEER, str(theirs.fileno()), str(there)], pass_fds=[theirs.fileno()], env=environment
+            [sys.executable, "-c", PEER, str(theirs.fileno()), str(there), str(slot_bytes)],
+            pass_fds=[theirs.fileno()],
+            env=environment,
         )
         theirs.close()
         self.link = Link(Connection(ours.detach()), here)
+        self.slot_bytes = slot_bytes
 
-    def use_nccl(self) -> None:
+    def use(self, name: str) -> None:
+        if name == "peer":
+            device, slot_bytes = self.link.device, self.slot_bytes
+            failure = offer(self.link, lambda: PeerTransport(device, slot_bytes), 60, lambda: self.link.read(60))
+            assert failure is None, failure
+            return
         ids = NcclTransport.unique_ids()
-        self.link.send({"kind": "transport", "ids": ids})
+        self.link.send({"kind": "transport", "name": "nccl", "ids": ids})
         self.link.read(60)
         self.link.transport = NcclTransport.connect(ids, 0, self.link.device, 60)
 
@@ -107,6 +150,7 @@ class Peer:
     def end(self) -> None:
         if self.process.poll() is None:
             try:
+                self.link.detach()
                 self.link.send({"kind": "close"})
                 self.process.wait(10)
             except (CfgParallelError, subprocess.TimeoutExpired):
@@ -343,35 +387,68 @@ def test_abort_lets_go_of_the_memory() -> None:
     assert psutil.Process().num_fds() == fds
 
 
-def test_resolve() -> None:
-    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+def test_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda", 2)]
+    access = {(i, j) for i in range(3) for j in range(3)}
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a.index, b.index) in access)
+    monkeypatch.setattr(extension, "missing_reason", lambda: None)
     assert transports.resolve("auto", [CPU, CPU]) == ("host", "not all devices are GPUs")
-    assert transports.resolve("host", gpus)[0] == "host"
-    assert transports.resolve("auto", gpus)[0] in ("nccl", "host")
-    with pytest.raises(ConfigurationError, match="nccl"):
-        transports.resolve("nccl", [CPU, CPU])
-    with pytest.raises(ConfigurationError, match="peer"):
+    assert transports.resolve("auto", gpus[:1])[0] == "host"
+    assert transports.resolve("host", gpus) == ("host", "asked for")
+    assert transports.resolve("nccl", gpus) == ("nccl", "asked for")
+    assert transports.resolve("peer", gpus) == ("peer", "asked for")
+    monkeypatch.delenv("CFG_PARALLEL_PEER", raising=False)
+    assert transports.resolve("auto", gpus[:2])[0] == "nccl"
+    monkeypatch.setenv("CFG_PARALLEL_PEER", "1")
+    assert transports.resolve("auto", gpus[:2]) == ("peer", "peer access between cuda:0 and cuda:1")
+    access -= {(1, 2), (2, 1)}  # followers do not talk to each other
+    assert transports.resolve("auto", gpus)[0] == "peer"
+    access -= {(2, 0)}
+    assert transports.resolve("auto", gpus) == ("nccl", "no peer access between cuda:0 and cuda:2")
+    with pytest.raises(ConfigurationError, match=r"no peer access between cuda:0 and cuda:2 .* use 'nccl'"):
         transports.resolve("peer", gpus)
+    for name in ("nccl", "peer"):
+        with pytest.raises(ConfigurationError, match=f"{name}.* needs GPUs"):
+            transports.resolve(name, [CPU, CPU])
     with pytest.raises(ConfigurationError, match="'mpi'"):
         transports.resolve("mpi", gpus)
+    monkeypatch.setattr(extension, "missing_reason", lambda: "nvcc was not found.")
+    assert transports.resolve("auto", gpus) == (
+        "host",
+        "peer and nccl need the compiled extension: nvcc was not found.",
+    )
+    with pytest.raises(ConfigurationError, match="needs the compiled extension: nvcc was not found"):
+        transports.resolve("peer", gpus)
 
 
-# NCCL, on two GPUs.
+# NCCL and CUDA IPC, on two GPUs.
+
+EXCHANGES = int(os.environ.get("CFG_PARALLEL_TEST_EXCHANGES", "1000"))  # of the tests that repeat one many times
+
+
+def connected(name: str) -> Iterator[Peer]:
+    peer = Peer(torch.device("cuda", 0), torch.device("cuda", 1))
+    with torch.cuda.device(0):
+        try:
+            peer.use(name)
+            yield peer
+        finally:
+            peer.end()
+
+
+@pytest.fixture(params=["nccl", "peer"])
+def gpu_peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
+    yield from connected(request.param)
 
 
 @pytest.fixture
-def gpu_peer() -> Iterator[Peer]:
-    peer = Peer(torch.device("cuda", 0), torch.device("cuda", 1))
-    with torch.cuda.device(0):
-        peer.use_nccl()
-        yield peer
-    if peer.process.poll() is None:
-        peer.end()
+def ipc_peer() -> Iterator[Peer]:
+    yield from connected("peer")
 
 
 @pytest.mark.gpu(count=2)
 @pytest.mark.timeout(180)
-def test_nccl_random_tensors_both_ways(gpu_peer: Peer) -> None:
+def test_gpu_random_tensors_both_ways(gpu_peer: Peer) -> None:
     for seed in range(60):
         tensors = random_tensors(seed, torch.device("cuda", 0))
         assert equal(gpu_peer.echo(tensors, seed), tensors)
@@ -379,7 +456,7 @@ def test_nccl_random_tensors_both_ways(gpu_peer: Peer) -> None:
 
 @pytest.mark.gpu(count=2)
 @pytest.mark.timeout(180)
-def test_nccl_results_outstanding_while_arguments_travel(gpu_peer: Peer) -> None:
+def test_gpu_results_outstanding_while_arguments_travel(gpu_peer: Peer) -> None:
     """Two results that nobody has asked for, and the arguments of a third call: no order of these may deadlock."""
     link = gpu_peer.link
     for round_ in range(10):
@@ -397,7 +474,7 @@ def test_nccl_results_outstanding_while_arguments_travel(gpu_peer: Peer) -> None
 
 @pytest.mark.gpu(count=2)
 @pytest.mark.timeout(180)
-def test_nccl_is_stream_ordered(gpu_peer: Peer) -> None:
+def test_gpu_is_stream_ordered(gpu_peer: Peer) -> None:
     """Sent before the value is computed, on both sides, and overwritten right after: no host wait is needed for it."""
     link = gpu_peer.link
     tensor = torch.zeros(1 << 22, device="cuda:0")
@@ -415,7 +492,7 @@ def test_nccl_is_stream_ordered(gpu_peer: Peer) -> None:
 
 @pytest.mark.gpu(count=2)
 @pytest.mark.timeout(180)
-def test_nccl_many_tensors(gpu_peer: Peer) -> None:
+def test_gpu_many_tensors(gpu_peer: Peer) -> None:
     """More than one group of them, as the weights of a model are."""
     tensors = [torch.full((i % 50,), float(i), device="cuda:0") for i in range(300)]
     assert equal(gpu_peer.echo(tensors), tensors)
@@ -423,7 +500,7 @@ def test_nccl_many_tensors(gpu_peer: Peer) -> None:
 
 @pytest.mark.gpu(count=2)
 @pytest.mark.timeout(180)
-def test_nccl_abort_wakes_a_pending_receive(gpu_peer: Peer) -> None:
+def test_gpu_abort_wakes_a_pending_receive(gpu_peer: Peer) -> None:
     link = gpu_peer.link
     link.send({"kind": "echo", "number": 0}, [torch.ones(4, device="cuda:0")])
     header = link.read(60)
@@ -440,12 +517,16 @@ def test_nccl_abort_wakes_a_pending_receive(gpu_peer: Peer) -> None:
     torch.cuda.synchronize(0)
     assert 0.3 < time.monotonic() - start < 5
     assert (torch.ones(4, device="cuda:0") + 1).tolist() == [2.0] * 4  # the device is as good as new
+    if isinstance(link.transport, PeerTransport):
+        assert link.transport.receive_failed
+        with pytest.raises(FollowerLostError, match="exchange of tensors"):
+            link.pull(header)
     gpu_peer.process.wait()
 
 
 @pytest.mark.gpu(count=2)
 @pytest.mark.timeout(180)
-def test_nccl_death_of_the_peer_is_no_hang(gpu_peer: Peer) -> None:
+def test_gpu_death_of_the_peer_is_no_hang(gpu_peer: Peer) -> None:
     link = gpu_peer.link
     gpu_peer.process.kill()
     start = time.monotonic()
@@ -454,3 +535,193 @@ def test_nccl_death_of_the_peer_is_no_hang(gpu_peer: Peer) -> None:
     link.transport.abort()
     link.close()
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(180)
+def test_gpu_large_tensors(gpu_peer: Peer) -> None:
+    """More than the slots hold, in one tensor and in many, at odd sizes and offsets."""
+    memory = torch.randint(256, (200 << 20,), dtype=torch.uint8, device="cuda:0")
+    for tensors in ([memory], [memory[1:]], [memory[i << 20 : (i + 3 << 20) + i] for i in range(40)], [memory[:0]]):
+        assert equal(gpu_peer.echo(tensors), tensors)
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(180)
+def test_peer_many_calls_in_a_row(ipc_peer: Peer) -> None:
+    """More results that nobody has asked for than there are slots, behind a forward of thousands of launches."""
+    link = ipc_peer.link
+    for numel in (1, 1 << 20, 40 << 20):
+        calls = [[torch.full((numel,), float(i), device="cuda:0")] for i in range(6)]
+        headers = []
+        for call in calls:
+            link.send({"kind": "add", "launches": 2000}, call)
+            headers.append(link.read(60))
+        for call, header in zip(calls, headers, strict=True):
+            assert torch.equal(link.pull(header)[0], call[0] + 1)
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(120 + EXCHANGES // 1000)
+def test_peer_many_exchanges_with_delays(ipc_peer: Peer) -> None:
+    """CFG_PARALLEL_TEST_EXCHANGES=1000000 takes minutes."""
+    sizes = [1, 1000, 70_000, 5, 262_144, 4097]
+    transport, chance = ipc_peer.link.transport, random.Random(0)
+    assert isinstance(transport, PeerTransport)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda:0")
+    ipc_peer.link.send({"kind": "stream", "count": EXCHANGES, "sizes": sizes})
+    for i in range(EXCHANGES):
+        if chance.random() < 0.02:
+            torch.cuda._sleep(chance.randrange(300_000))
+        value = torch.full((sizes[i % len(sizes)],), float(i % 1000), device="cuda:0")
+        transport.push([flat_bytes(value)])
+        back = torch.empty_like(value)
+        transport.pull(None, [flat_bytes(back)])
+        wrong += (back != value + 1).sum()
+    assert ipc_peer.link.read(60)["kind"] == "streamed"
+    ipc_peer.link.settle()
+    assert wrong.item() == 0
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(120 + EXCHANGES // 1000)
+@pytest.mark.parametrize("numel", [1, 131_072, 1 << 20])
+def test_peer_replayed_from_graphs(ipc_peer: Peer, numel: int) -> None:
+    transport = ipc_peer.link.transport
+    assert isinstance(transport, PeerTransport)
+    endpoint = transport.endpoint
+    value, back = torch.zeros(numel, device="cuda:0"), torch.ones(numel, device="cuda:0")
+    wrong = (back != value.add_(1).remainder_(1000)).sum()  # loads the kernels, and counts nothing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stream = torch.cuda.current_stream().cuda_stream
+        value.add_(1).remainder_(1000)
+        endpoint.push([(value.data_ptr(), value.nbytes, 0)], stream)
+        endpoint.pull([(back.data_ptr(), back.nbytes, 0)], stream)
+        wrong += (back != value + 1).sum()
+    ipc_peer.link.send({"kind": "replay", "count": EXCHANGES, "numel": numel})
+    for _ in range(EXCHANGES):
+        graph.replay()
+    assert ipc_peer.link.read(60 + EXCHANGES / 1000)["kind"] == "replayed"
+    ipc_peer.link.settle()
+    assert wrong.item() == 0
+    tensors = [torch.ones(1000, device="cuda:0")]
+    assert equal(ipc_peer.echo(tensors), tensors)  # what is not replayed goes on where the replays stopped
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(120)
+def test_peer_borrowed_messages(ipc_peer: Peer) -> None:
+    """Taken out by `copy_out` in the place of `pull`; what is not in one piece, or not on the GPU, cannot be lent."""
+    link = ipc_peer.link
+    taken: list[int] = []
+    for i in range(5):
+        tensors = [torch.full((1000,), float(i), device="cuda:0"), torch.ones(3, device="cuda:0")]
+        link.send({"kind": "echo", "number": i}, tensors)
+        header = link.read(30)
+        arrival = link.borrow(header, lambda: taken.append(1))
+        assert arrival is not None and arrival.offsets == [0, 4096]
+        with pytest.raises(CfgParallelError, match="must be taken"):
+            link.transport.pull(None, [])
+        received = [torch.empty_like(tensor) for tensor in tensors]
+        arrival.copy_out([flat_bytes(tensor) for tensor in received])
+        assert len(taken) == i + 1 and equal(received, tensors)
+        with pytest.raises(CfgParallelError, match="taken once"):
+            arrival.launched()
+    for tensors in ([torch.ones(65 << 20, dtype=torch.uint8, device="cuda:0")], [torch.ones(3)]):
+        link.send({"kind": "echo", "number": 0}, tensors)
+        header = link.read(30)
+        assert link.borrow(header, lambda: None) is None
+        assert equal(link.pull(header), tensors)
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(120)
+def test_peer_pulls_on_several_streams_stay_in_order(ipc_peer: Peer) -> None:
+    link = ipc_peer.link
+    streams = [torch.cuda.Stream(0) for _ in range(3)]
+    for i in range(30):
+        value = torch.full((1 << 16,), float(i), device="cuda:0")
+        link.send({"kind": "add", "cycles": 1_000_000 if i % 3 == 0 else 0}, [value])
+    results = []
+    for i in range(30):
+        with torch.cuda.stream(streams[i % 3]):
+            results += link.pull(link.read(30))
+    torch.cuda.synchronize()
+    assert [result[0].item() for result in results] == [i + 1.0 for i in range(30)]
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(120)
+def test_peer_two_followers() -> None:
+    """Both on the second GPU, each with a channel of its own."""
+    peers = [Peer(torch.device("cuda", 0), torch.device("cuda", 1)) for _ in range(2)]
+    try:
+        with torch.cuda.device(0):
+            for peer in peers:
+                peer.use("peer")
+            for i in range(20):
+                calls = [[torch.full((1 << 18,), float(10 * i + j), device="cuda:0")] for j in range(4)]
+                for peer, call in zip(peers * 2, calls, strict=True):
+                    peer.link.send({"kind": "add"}, call)
+                for peer, call in zip(peers * 2, calls, strict=True):
+                    assert torch.equal(peer.link.pull(peer.link.read(30))[0], call[0] + 1)
+    finally:
+        for peer in peers:
+            peer.end()
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(120)
+def test_peer_that_stops_is_noticed_in_time(ipc_peer: Peer) -> None:
+    """A pull whose message never comes ends by itself, and its garbage is not taken for a result."""
+    link, transport = ipc_peer.link, ipc_peer.link.transport
+    assert isinstance(transport, PeerTransport)
+    ipc_peer.process.send_signal(signal.SIGSTOP)
+    transport.set_timeout(1.0)
+    transport.pull(None, [torch.zeros(1 << 20, dtype=torch.uint8, device="cuda:0")])
+    start = time.monotonic()
+    with pytest.raises(FollowerLostError, match="did not answer in time"):
+        link.settle()
+    assert 0.5 < time.monotonic() - start < 10
+    for use in (lambda: link.send({"kind": "a"}), lambda: link.read(0.6), lambda: link.pull({"specs": []})):
+        with pytest.raises(FollowerLostError):
+            use()
+    ipc_peer.process.kill()
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(120)
+def test_peer_memory_of_a_dead_process(ipc_peer: Peer) -> None:
+    """What is pushed after its end goes nowhere, and does no harm to the GPU."""
+    transport = ipc_peer.link.transport
+    assert isinstance(transport, PeerTransport)
+    ipc_peer.process.kill()
+    ipc_peer.process.wait()
+    time.sleep(0.5)
+    transport.set_timeout(1.0)
+    for _ in range(3):
+        transport.push([torch.ones(1 << 20, dtype=torch.uint8, device="cuda:0")])
+    torch.cuda.synchronize(0)
+    with pytest.raises(FollowerLostError, match="did not answer in time"):
+        transport.check()
+    ipc_peer.link.close()
+    assert (torch.ones(4, device="cuda:0") + 1).tolist() == [2.0] * 4
+
+
+@pytest.mark.gpu(count=2)
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("how", ["close", "kill"])
+def test_peer_leaves_no_memory_behind(how: str) -> None:
+    """A quarter of each GPU at a time, five times over."""
+    slot_bytes = min(torch.cuda.get_device_properties(i).total_memory for i in range(2)) // 8 >> 20 << 20
+    with torch.cuda.device(0):
+        for _ in range(5):
+            peer = Peer(torch.device("cuda", 0), torch.device("cuda", 1), slot_bytes)
+            peer.use("peer")
+            tensors = [torch.ones(1000, device="cuda:0")]
+            assert equal(peer.echo(tensors), tensors)
+            if how == "kill":
+                peer.process.kill()
+                peer.process.wait()
+            peer.end()

@@ -1,4 +1,4 @@
-"""CUDA kernels and NCCL point-to-point. Pointers and streams are integers; nothing here knows PyTorch.
+"""CUDA kernels, NCCL point-to-point and CUDA IPC. Pointers and streams are integers; nothing here knows PyTorch.
 
 Every failed call raises `Error` with the message of CUDA or NCCL and the file:line of the check. Calls that can block
 release the GIL. The current CUDA device is the same after a call as before it.
@@ -21,28 +21,36 @@ def build_info() -> BuildInfo: ...
 def cuda_device_count() -> int:
     """Number of visible CUDA devices; 0 without a GPU or a driver."""
 
-class DType(enum.Enum):
-    float32 = ...
-    float16 = ...
-    bfloat16 = ...
+class Program:
+    """A program for tensors of one shape and layout; `cfg_parallel.program` tells what the arguments mean."""
 
-class Numerics(enum.Enum):
-    exact = ...
-    fused = ...
+    def __init__(
+        self,
+        shape: Sequence[int],
+        inputs: Sequence[tuple[int, Sequence[int]]],
+        outputs: Sequence[tuple[int, Sequence[int]]],
+        code: Sequence[tuple[int, int, int, int, int, int]],
+        stores: Sequence[int],
+    ) -> None: ...
+    def launch(
+        self,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        scalars: Sequence[float],
+        device: int,
+        stream: int,
+        peer: tuple[int, int, PeerWait] | None = None,
+    ) -> None:
+        """Enqueue it on `stream`. An output may be the memory of an input, if both have the same layout.
 
-def combine(
-    cond: int,
-    uncond: int,
-    out: int,
-    numel: int,
-    scale: float,
-    *,
-    dtype: DType,
-    numerics: Numerics,
-    device: int,
-    stream: int,
-) -> None:
-    """out = uncond + scale * (cond - uncond) over `numel` values; `out` may equal `cond` or `uncond`."""
+        `peer` = (input, offset, wait): that input lies so many bytes into the next piece that the peer pushes."""
+
+    @property
+    def specialization(self) -> str:
+        """The kernel compiled for exactly this code, such as "cfg bfloat16"; empty when the general kernel runs it."""
+
+def specializations() -> list[tuple[str, list[int], list[int], list[tuple[int, int, int, int, int, int]], list[int]]]:
+    """The programs with a kernel of their own: name, input dtypes, output dtypes, code, stores."""
 
 def nccl_version() -> int:
     """22809 for 2.28.9. Raises when libnccl.so.2 is neither loaded nor on the loader's path."""
@@ -77,3 +85,73 @@ class NcclComm:
     def world_size(self) -> int: ...
     @property
     def device(self) -> int: ...
+
+class PeerFailure(enum.Enum):
+    """Why a wait on the GPU ended without what it waited for."""
+
+    none = ...
+    timeout = ...
+    aborted = ...
+    peer_failed = ...
+    broken = ...
+
+class PeerWait:
+    """What a kernel needs to read the next piece where it lies (csrc/peer_wait.cuh); opaque, good until `detach`."""
+
+PEER_MAX_SEGMENTS: int
+
+class PeerEndpoint:
+    """One side of the peer transport: memory on our GPU that the peer's process writes into, and the peer's for us.
+
+    A message travels in pieces of at most `slot_bytes`. Segments are (pointer, bytes, offset in the piece), by offset;
+    offsets are multiples of 16, and a piece has at most PEER_MAX_SEGMENTS of them. `push` and `pull` only enqueue work;
+    each side must keep its pushes in one order and its pulls in one order, by streams or events. They may be captured
+    in CUDA graphs. `abort` may be called from any thread at any time; the rest is for one thread at a time."""
+
+    def __init__(self, device: int, *, slot_bytes: int, chunk_bytes: int, push_blocks_per_sm: int = 2) -> None:
+        """Allocates two slots. Both sides need the same `slot_bytes`, a multiple of `chunk_bytes`, a power of two."""
+
+    def handle(self) -> bytes:
+        """For the peer's `connect`."""
+
+    def connect(self, handle: bytes) -> None:
+        """Map the peer's memory. A handle of the same process works too, without IPC."""
+
+    def gate(self, stream: int) -> None:
+        """Enqueue a wait, by one thread, for the room that the next push needs; a push itself waits with all of its."""
+
+    def push(self, segments: Sequence[tuple[int, int, int]], stream: int) -> None:
+        """Enqueue the sending of the next piece."""
+
+    def pull(self, segments: Sequence[tuple[int, int, int]], stream: int) -> None:
+        """Enqueue the receiving of the next piece: the bytes and offsets of the peer's `push`."""
+
+    def wait(self) -> PeerWait:
+        """For a kernel that reads the next piece itself, in the place of `pull`."""
+
+    def abort(self) -> None:
+        """End every wait on the GPU, now and from now on. Makes no CUDA call."""
+
+    def detach(self) -> None:
+        """Abort, wait for the device and unmap the peer's memory; the peer may free it then. Idempotent."""
+
+    def close(self) -> None:
+        """Detach and free our memory; the peer should have detached by then. Idempotent."""
+
+    timeout: float
+    """Seconds that a wait of the kernels enqueued from now on may take."""
+
+    @property
+    def push_failure(self) -> PeerFailure:
+        """The first wait of a push or a gate that was given up, once its stream has passed it."""
+
+    @property
+    def pull_failure(self) -> PeerFailure:
+        """The first wait of a pull (or a kernel in its place) that was given up: what it received is garbage."""
+
+    @property
+    def device(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def chunk_bytes(self) -> int: ...

@@ -20,11 +20,11 @@ from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.leader import Generation, Leader
 from cfg_parallel.patch import CfgParallel, denoiser_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
-from cfg_parallel.remote import RemoteFollower
+from cfg_parallel.remote import PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
 from cfg_parallel.report import Report, median
 from cfg_parallel.timing import elapsed_ms
-from cfg_parallel.transports import resolve
+from cfg_parallel.transports import ASKED_FOR, resolve
 
 _GUIDANCE_ARGUMENTS = (
     "true_cfg_scale",
@@ -56,7 +56,8 @@ def enable_cfg_parallel(
         cfg_parallel_size: how many devices share the passes of a step, at least 1; 1 changes nothing but gives reports.
         devices: one device for each, the first being the pipeline's own; "cpu" may repeat (a process each). Default:
             the pipeline's device and the next visible GPUs; for a pipeline on the CPU, as many CPU processes.
-        transport: "auto", "nccl" or "host" (shared memory). "auto" takes NCCL between GPUs.
+        transport: "auto", "peer" (CUDA IPC), "nccl" or "host" (shared memory). "auto" takes NCCL between GPUs, and with
+            the environment variable CFG_PARALLEL_PEER=1 "peer" between those that can write into each other's memory.
         numerics: "exact" gives the bits of PyTorch's op-by-op arithmetic; "fused" computes guidance and the scheduler's
             step in fp32 and rounds at the end, which is closer to the true value and another image.
         follower_timeout: seconds without an answer after which a follower is given up.
@@ -156,7 +157,18 @@ class Leading(CfgParallel):
         for remote in remotes:
             hello = remote.greet()
             _check_same(hello, self.devices[0])
-            if self.transport == "nccl":
+        if self.transport == "peer":
+            try:
+                for remote in remotes:
+                    remote.use_peer()
+            except PeerUnavailableError as error:
+                if self._transport_reason == ASKED_FOR:
+                    raise ConfigurationError(
+                        f"transport='peer' does not work here: {error}; use transport='nccl'."
+                    ) from error
+                self.transport, self._transport_reason = "nccl", f"peer does not work here: {error}"
+        if self.transport == "nccl":
+            for remote in remotes:
                 remote.use_nccl()
 
     def _ship(self, denoiser: Denoiser, remotes: list[RemoteFollower]) -> None:
@@ -188,16 +200,23 @@ class Leading(CfgParallel):
         finally:
             if self._leader.generation is not None:
                 self._generation = self._leader.end()
+            incomplete = self._incomplete()
             if self._spmd:
-                self._hand_out(output, failure)
-        dead = [remote for remote in self._leader.remotes if remote.died]
-        if dead:
-            raise FollowerLostError(
-                f"The follower on {dead[0].device} ended during the generation, and a prediction received from it just "
-                "before may be incomplete, so the result was thrown away; call the pipeline again."
-            )
+                self._hand_out(None if incomplete else output, failure or incomplete)
+        if incomplete:
+            raise FollowerLostError(incomplete)
         self._warn_if_useless()
         return output
+
+    def _incomplete(self) -> str | None:
+        """Why the output of this generation may be wrong, if it may be."""
+        dead = next((remote for remote in self._leader.remotes if remote.died), None)
+        if dead is None:
+            return None
+        return (
+            f"The follower on {dead.device} ended during the generation, and a prediction received from it just "
+            "before may be incomplete, so the result was thrown away; call the pipeline again."
+        )
 
     def _hand_out(self, output: Any, failure: str | None) -> None:
         """Under torchrun: the other ranks answer only until they have the output, so the report is made before."""

@@ -23,6 +23,7 @@ from cfg_parallel.link import Link
 from cfg_parallel.replica import receive_replica
 from cfg_parallel.timing import Mark, elapsed_ms, mark
 from cfg_parallel.transports.nccl import NcclTransport
+from cfg_parallel.transports.peer import PeerTransport, accept
 
 _ORPHAN_CHECK = 0.5  # seconds; the leader's death ends its followers within 2 s
 
@@ -47,7 +48,9 @@ class Follower:
             if kind == "output":
                 if header["failure"] is not None:
                     raise CfgParallelError(f"The pipeline failed on rank 0: {header['failure']}")
-                return decode(header["body"], self._link.pull(header))
+                output = decode(header["body"], self._link.pull(header))
+                self._link.settle()
+                return output
             tensors = self._link.pull(header)  # not in the try: a message received in part cannot be answered
             try:
                 getattr(self, f"_on_{kind}")(header, tensors)
@@ -72,9 +75,13 @@ class Follower:
         self._timings.clear()
 
     def _on_transport(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
-        transport = NcclTransport.connect(header["ids"], 1, self._link.device, header["timeout"])
+        device = self._link.device
+        self._link.detach()
+        if header["name"] == "peer":
+            accept(self._link, PeerTransport(device), header)
+        else:
+            self._link.use(NcclTransport.connect(header["ids"], 1, device, header["timeout"]))
         self._link.send({"kind": "connected"})
-        self._link.transport = transport
 
     def _on_denoiser(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         name = header["name"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -14,7 +17,9 @@ from cfg_parallel.codec import TensorSpec, flat_bytes, is_dense
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.transports.host import HostTransport
 from cfg_parallel.transports.nccl import NcclTransport
+from cfg_parallel.transports.peer import Arrival, PeerTransport
 
+_DETACH_TIMEOUT = 5.0  # seconds for the peer to let go of our memory
 _MAX_HEADER = 1 << 30  # bytes; a longer one is a corrupted stream, not a message
 
 
@@ -28,13 +33,15 @@ class Link:
 
     def __init__(self, conn: Connection, device: torch.device) -> None:
         self.device = device
-        self.transport: HostTransport | NcclTransport = HostTransport()
+        self.transport: HostTransport | NcclTransport | PeerTransport = HostTransport()
         self.bytes_sent = 0
         self.bytes_received = 0
         self._conn = conn
         self._pulled = 0
+        self._retired: list[PeerTransport] = []  # no longer used; the peer may still have our memory mapped
 
     def send(self, header: dict[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
+        self.transport.check()
         flats = [flat_bytes(tensor) for tensor in tensors]
         by_transport, inline = self._sort(flats)
         header |= {
@@ -58,6 +65,7 @@ class Link:
             while deadline is not None and not self._conn.poll(min(0.5, max(0.0, deadline - time.monotonic()))):
                 if not alive():
                     raise FollowerLostError("the process ended")
+                self.transport.check()
                 if time.monotonic() >= deadline:
                     raise FollowerLostError(f"no answer within {timeout:.0f} s")
             header = pickle.loads(self._conn.recv_bytes(_MAX_HEADER))
@@ -77,7 +85,27 @@ class Link:
         self.pull_into(header, tensors)
         return tensors
 
+    def borrow(self, header: dict[str, Any], taken: Callable[[], None]) -> Arrival | None:
+        """In the place of `pull`: the tensors where they lie in the receive buffer, for a kernel that waits for them.
+
+        None when they do not lie there, or not all in one piece: then `pull` is to be called. `taken` is called when
+        the arrival has been taken out of the buffer, in stream order."""
+        transport = self.transport
+        specs: Sequence[TensorSpec] = header["specs"]
+        if not isinstance(transport, PeerTransport) or not all(spec.on_device for spec in specs):
+            return None
+        transport.check()
+        nbytes = [spec.nbytes for spec in specs]
+
+        def count() -> None:
+            self._pulled += 1
+            self.bytes_received += sum(nbytes)
+            taken()
+
+        return transport.borrow(nbytes, count)
+
     def pull_into(self, header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
+        self.transport.check()
         dense = [tensor if is_dense(tensor) else torch.empty_like(tensor).contiguous() for tensor in tensors]
         flats = [flat_bytes(tensor) for tensor in dense]
         by_transport, inline = self._sort(flats)
@@ -99,6 +127,51 @@ class Link:
         on_device = [flat for flat in flats if flat.device.type == self.device.type]
         return on_device, [flat for flat in flats if flat.device.type != self.device.type]
 
+    def settle(self) -> None:
+        """Until what was pulled is here. Raises FollowerLostError when some of it never came."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.transport.check()
+
+    def use(self, transport: HostTransport | NcclTransport | PeerTransport) -> None:
+        """From now on; both sides have let go of what they used before."""
+        self.transport = transport
+        self._close_retired()
+
+    def retire(self, transport: PeerTransport) -> None:
+        """Let go of the peer's memory. Our own stays until the peer has let go of it: until `use`, or `close`."""
+        self._retired.append(transport)
+        transport.detach()
+
+    def detach(self) -> None:
+        """Let go of the peer's memory, if any: only headers travel now. Before another transport is used or the peer
+        ends."""
+        transport = self.transport
+        if isinstance(transport, PeerTransport):
+            self.transport = HostTransport()
+            self.retire(transport)
+
     def close(self) -> None:
-        self.transport.close()
-        self._conn.close()
+        try:
+            self.detach()
+            if self._retired:
+                self._wait_for_detach()
+            self._close_retired()
+            self.transport.close()
+        finally:
+            self._conn.close()
+
+    def _close_retired(self) -> None:
+        while self._retired:
+            self._retired.pop().close()
+
+    def _wait_for_detach(self) -> None:
+        """Until the peer closes its end, which it does when it has let go of our memory, or with its process."""
+        if self._conn.closed:
+            return
+        with contextlib.suppress(OSError, EOFError):
+            with socket.socket(fileno=os.dup(self._conn.fileno())) as end:
+                end.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + _DETACH_TIMEOUT
+            while self._conn.poll(max(0.0, deadline - time.monotonic())):
+                self._conn.recv_bytes(_MAX_HEADER)

@@ -45,6 +45,8 @@ _ROWWISE = [
     aten.exp.default,
     aten.sigmoid.default,
     aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
     aten.slice.Tensor,
     aten.unsqueeze.default,
 ]
@@ -90,6 +92,17 @@ _OTHER = [
 ]
 _RECORDABLE = frozenset(_ROWWISE + _OTHER)
 _ROWWISE_SET = frozenset(_ROWWISE)
+# What they return depends on the shape, strides and dtype of a tensor, not on its value.
+_ONLY_METADATA = frozenset(
+    [
+        aten.empty_like.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.randn_like.default,
+        aten.rand_like.default,
+    ]
+)
 _ROW_SPLITS = frozenset([aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.slice.Tensor])
 
 _metadata: dict[Any, Any] = {}  # (op, operand metadata) -> result metadata; a generation repeats a few dozen keys
@@ -131,6 +144,10 @@ class PendingPrediction(torch.Tensor):
             recorded = _record(func, args, kwargs)
             if recorded is not None:
                 return recorded
+        if func in _ONLY_METADATA and is_unsettled(args[0]):
+            like = args[0]
+            stand_in = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+            return func(stand_in, *_unwrap(args[1:]), **_unwrap(kwargs))
         if torch.is_inference_mode_enabled():  # where a composite op (chunk, to, flatten) arrives whole
             parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -365,7 +382,7 @@ def _freeze(obj: Any, key_parts: list[Any], versions: list[tuple[torch.Tensor, i
             versions.append((obj, obj._version))  # counts writes by way of plain views of it
         obj = settle(obj)
         if obj.is_inference():  # has no version to check, so a later write would go unseen
-            return obj.clone()
+            return _copy_of_memory(obj)
         versions.append((obj, obj._version))
         return obj
     if isinstance(obj, (tuple, list)):
@@ -373,6 +390,14 @@ def _freeze(obj: Any, key_parts: list[Any], versions: list[tuple[torch.Tensor, i
         return type(obj)(_freeze(item, key_parts, versions) for item in obj)
     key_parts.append(float if isinstance(obj, float) else (type(obj), obj))  # a float's value sets no shape
     return obj
+
+
+def _copy_of_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, those of expanded dimensions too: they decide the strides of results."""
+    if not tensor.numel():
+        return tensor.clone()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
 
 
 def _infer_metadata(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

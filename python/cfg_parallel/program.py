@@ -12,6 +12,7 @@ import ctypes
 import enum
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,8 @@ def executor(device: torch.device) -> tuple[Execute | None, str]:
     missing = extension.missing_reason()
     if missing is not None:
         return None, missing
+    if os.environ.get("CFG_PARALLEL_FUSED") != "1":
+        return None, "fused kernels are off: they are new, and CFG_PARALLEL_FUSED=1 turns them on"
     return launch, "cuda"
 
 

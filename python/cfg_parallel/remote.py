@@ -27,6 +27,7 @@ from cfg_parallel.pending import settle
 from cfg_parallel.replica import send_replica
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.nccl import NcclTransport
+from cfg_parallel.transports.peer import Arrival, PeerTransport, offer
 
 _START_TIMEOUT = 180.0  # seconds: importing torch and diffusers from a cold disk takes most of a minute
 _CLOSE_TIMEOUT = 5.0
@@ -56,9 +57,20 @@ class RemoteCall:
         assert self.tensors is not None
         return self.tensors
 
+    def borrow(self) -> Arrival | None:
+        """The output's tensors where they lie in the receive buffer, for a kernel that waits for them and reads them
+        there, in the order of `wait()`'s specs; None when that cannot be done, and `values` is to be used. Once such a
+        kernel is launched the values are its own to keep: `values` has none then."""
+        self.wait()
+        return self.remote.borrow(self)
+
 
 class RemoteCallError(CfgParallelError):
     """The denoiser raised on the follower."""
+
+
+class PeerUnavailableError(CfgParallelError):
+    """The peer transport does not work between these devices; another one may."""
 
 
 @dataclass(slots=True)
@@ -81,7 +93,7 @@ class RemoteFollower:
         self.sent = Sent()
         self.lost: str | None = None
         self.replica = (0, 0.0)
-        self.died = False  # with a receive under way, whose result is garbage
+        self._died = False  # with a receive under way in NCCL, whose result is garbage
         self._started = False
         self._closing = False
         self._timeout = timeout
@@ -124,11 +136,25 @@ class RemoteFollower:
         self._started = True
         return header
 
+    def use_peer(self) -> None:
+        """Change over to CUDA IPC. Raises PeerUnavailableError, with the link as it was, where that does not work."""
+        with self._watch():
+            failure = offer(
+                self.link,
+                lambda: PeerTransport(self.link.device),
+                self._timeout,
+                lambda: self.link.read(_START_TIMEOUT, self._alive),
+            )
+        if failure is not None:
+            raise PeerUnavailableError(failure)
+        self._end_waits_when_dead()
+
     def use_nccl(self) -> None:
         """Change over to NCCL."""
         ids = NcclTransport.unique_ids()
-        self._send({"kind": "transport", "ids": ids, "timeout": _START_TIMEOUT})
         with self._watch():
+            self.link.detach()
+            self.link.send({"kind": "transport", "name": "nccl", "ids": ids, "timeout": _START_TIMEOUT})
             try:
                 transport = NcclTransport.connect(ids, 0, self.link.device, _START_TIMEOUT, self._silent_and_alive)
             except CfgParallelError:
@@ -138,9 +164,8 @@ class RemoteFollower:
             answer = self.link.read(_START_TIMEOUT, self._alive)
         if answer["kind"] != "connected":
             raise CfgParallelError(f"NCCL could not connect on the follower: {answer['message']}")
-        self.link.transport = transport
-        if self.process is not None:
-            threading.Thread(target=self._abort_when_dead, name="cfg-parallel-watch", daemon=True).start()
+        self.link.use(transport)
+        self._end_waits_when_dead()
 
     def ship_denoiser(self, name: str, module: torch.nn.Module) -> None:
         """Give the follower a replica; returns when it is there. Its bytes and seconds add up in `replica`."""
@@ -208,11 +233,36 @@ class RemoteFollower:
             header = self.read_until(earliest)
             start, before = mark(self.link.device), self.link.bytes_received
             with self._watch():
+                self._expect_values()
                 earliest.tensors = self.link.pull(header)
                 earliest.pins = ()
                 self._unpulled.popleft()
             self.sent.bytes_back += self.link.bytes_received - before
             self.sent.receives.append((start, mark(self.link.device)))
+
+    def borrow(self, call: RemoteCall) -> Arrival | None:
+        if call.tensors is not None:
+            return None
+        while self._unpulled[0] is not call:
+            self.pull_until(self._unpulled[0])
+        header = self.read_until(call)
+        start, before = mark(self.link.device), self.link.bytes_received
+
+        def taken() -> None:
+            call.pins, call.tensors = (), []
+            self._unpulled.popleft()
+            self.sent.bytes_back += self.link.bytes_received - before
+            self.sent.receives.append((start, mark(self.link.device)))
+
+        with self._watch():
+            self._expect_values()
+            return self.link.borrow(header, taken)
+
+    def _expect_values(self) -> None:
+        """The follower has said that it launched; only while it lives will it send what it computes. A kernel that
+        waits for values that never come would cost the image, and now they can still be computed here."""
+        if self.link.transport.reads_later and not self._alive():
+            raise FollowerLostError("the process ended")
 
     def drain(self) -> None:
         """Receive what nobody asked for, so that the next call's result is the next message."""
@@ -222,10 +272,11 @@ class RemoteFollower:
     def end(self) -> None:
         """After a generation: its prompts and latents need not stay.
 
-        Waits for the last result over NCCL: if the follower ends before it has arrived, it must not be handed out."""
+        Waits for the last result from a GPU: if it never arrives, it must not be handed out."""
         self.drain()
-        if self.link.transport.reads_later and self.sent.receives:
-            self.sent.receives[-1][1].synchronize()  # type: ignore[union-attr]
+        self._wait_for_receives()
+        with self._watch():
+            self.link.transport.check()
         self.check()
         if self.lost is None:
             self._residents.clear()
@@ -244,19 +295,37 @@ class RemoteFollower:
         with self._watch():
             self.link.send({"kind": "output", "body": body, "failure": failure}, tensors)
 
+    @property
+    def died(self) -> bool:
+        """The follower was lost, and a result that was handed out may be garbage."""
+        if self.lost is None:
+            return False
+        transport = self.link.transport
+        if isinstance(transport, PeerTransport):  # the waits have been ended, and those that missed something say so
+            self._wait_for_receives()
+            return transport.receive_failed
+        return self._died
+
+    def _wait_for_receives(self) -> None:
+        if self.link.transport.reads_later and self.sent.receives:
+            self.sent.receives[-1][1].synchronize()  # type: ignore[union-attr]
+
     def close(self) -> None:
         self._closing = True
-        if self.lost is None:
-            with contextlib.suppress(FollowerLostError):  # then it has closed already
-                self.link.send({"kind": "close"})
-        if self.process is not None:
-            try:
-                self.process.wait(_CLOSE_TIMEOUT if self.lost is None else 0)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            self._stderr.close()
-        self.link.close()
+        try:
+            self.link.detach()  # before the follower frees the memory
+        finally:
+            if self.lost is None:
+                with contextlib.suppress(FollowerLostError):  # then it has closed already
+                    self.link.send({"kind": "close"})
+            if self.process is not None:
+                try:
+                    self.process.wait(_CLOSE_TIMEOUT if self.lost is None else 0)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    self.process.wait()
+                self._stderr.close()
+            self.link.close()
 
     def _send(self, header: dict[str, Any]) -> None:
         with self._watch():
@@ -264,7 +333,7 @@ class RemoteFollower:
 
     @contextlib.contextmanager
     def _watch(self) -> Any:
-        """Note the loss of the follower, once; whoever waits for NCCL is woken up.
+        """Note the loss of the follower, once; whoever waits for its tensors is woken up.
 
         Anything that breaks off a message half-way (Ctrl-C, no memory for a result) loses it too: the rest of the
         message would be read as the next one."""
@@ -285,20 +354,25 @@ class RemoteFollower:
 
     def _abort(self) -> None:
         """End the follower and every wait for it. A receive that NCCL has not finished by now leaves garbage behind."""
-        if self.link.transport.reads_later and not self.died:
-            self.died = any(not end.query() for _, end in self.sent.receives)  # type: ignore[union-attr]
+        if isinstance(self.link.transport, NcclTransport) and not self._died:
+            self._died = any(not end.query() for _, end in self.sent.receives)  # type: ignore[union-attr]
         if self.process is not None:
             self.process.kill()  # first: NCCL's abort waits for a peer that is alive and does not answer
         self.link.transport.abort()
 
-    def _abort_when_dead(self) -> None:
-        """A receive that a dead follower will never answer blocks the GPU, so the host too; only an abort ends it."""
+    def _end_waits_when_dead(self) -> None:
+        """A receive that a dead follower will never answer blocks the GPU, so the host too; an abort ends it."""
         process = self.process
-        assert process is not None
-        while process.poll() is None:
-            time.sleep(_WATCH_INTERVAL)
-        if not self._closing:
-            self._abort()
+        if process is None:  # under torchrun, which ends every rank when one dies
+            return
+
+        def watch() -> None:
+            while process.poll() is None:
+                time.sleep(_WATCH_INTERVAL)
+            if not self._closing:
+                self._abort()
+
+        threading.Thread(target=watch, name="cfg-parallel-watch", daemon=True).start()
 
     def _silent_and_alive(self) -> bool:
         return self._alive() and not self.link.has_message()

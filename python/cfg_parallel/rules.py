@@ -26,8 +26,11 @@ _COMMUTES = frozenset(["add", "mul"])
 
 # A word stands for any operand, the same wherever it occurs.
 _CFG = ("add", "n", ("mul", "s", ("sub", "p", "n")))
+_SCALED = ("mul", "u", "alpha")
 _GUIDANCE = {
     "instruct_pix2pix": ("add", ("add", "n", ("mul", "s", ("sub", "t", "i"))), ("mul", "r", ("sub", "i", "n"))),
+    "zero_star": ("add", _SCALED, ("mul", "s", ("sub", "p", _SCALED))),
+    "apg": ("add", "n", ("mul", "s", ("add", ("sub", "d", "parallel"), ("mul", "eta", "parallel")))),
     "cfg": _CFG,
     "cfg_cond": ("add", "p", ("mul", "s", ("sub", "p", "n"))),
     "lerp": ("lerp", "n", "p", "s"),

@@ -92,6 +92,9 @@ class HostTransport:
             self._free.append(self._sent.popleft())
             self._released += 1
 
+    def check(self) -> None:
+        return None
+
     def abort(self) -> None:
         self.close()
 

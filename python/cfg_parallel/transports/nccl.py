@@ -110,6 +110,9 @@ class NcclTransport:
     def release(self, messages: int) -> None:
         return None
 
+    def check(self) -> None:
+        return None
+
     def abort(self) -> None:
         self._out.abort()
         self._in.abort()
