@@ -41,7 +41,8 @@ struct KernelArgs {
 struct NoPeer {};
 struct PeerArgs {
   PeerWait wait;
-  std::int64_t offset;
+  std::int64_t offset;  // bytes, of the input in the piece
+  std::int64_t bytes;   // of the input
   int input;
 };
 
@@ -297,13 +298,15 @@ __global__ void __launch_bounds__(kThreads)
     PeerReader reader(peer.wait);
     const char* base = reader.slot() + peer.offset;
     const std::int64_t size = element_size(args.input_dtypes[peer.input]);
-    const bool in_order = args.num_dims == 1;  // else a tile can read any part of the tensor
+    // Else a tile can read any part of the input.
+    const bool in_order = args.num_dims == 1 && args.input_strides[peer.input][0] == 1;
+    const auto element_of = [&](std::int64_t unit) { return unit < vecs ? unit * kVec : vecs * kVec + (unit - vecs); };
     for (std::int64_t tile = blockIdx.x; tile * kThreads < units; tile += gridDim.x) {
       const std::int64_t first = tile * kThreads;
-      const std::int64_t last = first + kThreads;
-      const std::int64_t begin = in_order ? (first < vecs ? first * kVec : vecs * kVec + (first - vecs)) : 0;
-      const std::int64_t end = in_order && last <= vecs ? last * kVec : args.numel;
-      if (reader.arrived(peer.offset + begin * size, peer.offset + end * size)) {
+      const std::int64_t last = first + kThreads < units ? first + kThreads : units;
+      const std::int64_t begin = in_order ? element_of(first) * size : 0;
+      const std::int64_t end = in_order ? element_of(last) * size : peer.bytes;
+      if (reader.arrived(peer.offset + begin, peer.offset + end)) {
         run(first + threadIdx.x, base, peer.input);
       }
     }
@@ -504,7 +507,10 @@ void Program::launch(const std::vector<const void*>& inputs, const std::vector<v
   PeerArgs waiting{};
   const PeerArgs* wait = nullptr;
   if (peer != nullptr) {
-    waiting = {.wait = peer->wait, .offset = peer->offset, .input = peer->input};
+    const Operand& input = inputs_.at(static_cast<std::size_t>(peer->input));
+    std::int64_t bytes = size_of(input.dtype);
+    for (std::size_t d = 0; d < shape_.size(); ++d) bytes *= input.strides[d] == 0 ? 1 : shape_[d];
+    waiting = {.wait = peer->wait, .offset = peer->offset, .bytes = bytes, .input = peer->input};
     wait = &waiting;
   }
   if (vectorizes(kStaticVec, inputs, outputs, peer)) {
