@@ -9,6 +9,7 @@ from typing import Any
 
 # A new measurement of the same configuration replaces the old one.
 KEY = ("bench", "model", "size", "steps", "mode", "transport", "devices")
+KEY += ("rule", "backend", "bytes", "dtype", "numerics", "step")
 TABLE = ("model", "size", "steps", "mode", "transport", "devices", "ms", "total_s", "speedup", "speedup_total", "equal")
 
 

@@ -112,8 +112,8 @@ std::unique_ptr<Program> make_program(std::vector<std::int64_t> shape, const std
                                    std::move(stores));
 }
 
-// (input, offset in the slot, wait): see PeerInput.
-using PyPeerInput = std::tuple<int, std::int64_t, PeerWait>;
+// (input, offset in the slot, where to keep a copy, wait): see PeerInput.
+using PyPeerInput = std::tuple<int, std::int64_t, std::uintptr_t, PeerWait>;
 
 void launch_program(const Program& program, const std::vector<std::uintptr_t>& inputs,
                     const std::vector<std::uintptr_t>& outputs, const std::vector<float>& scalars, int device,
@@ -124,7 +124,10 @@ void launch_program(const Program& program, const std::vector<std::uintptr_t>& i
   for (const std::uintptr_t pointer : outputs) out.push_back(reinterpret_cast<void*>(pointer));
   const DeviceGuard guard(device);
   std::optional<PeerInput> arriving;
-  if (peer) arriving = {.input = std::get<0>(*peer), .offset = std::get<1>(*peer), .wait = std::get<2>(*peer)};
+  if (peer) {
+    const auto& [input, offset, keep, wait] = *peer;
+    arriving = {.input = input, .offset = offset, .keep = reinterpret_cast<void*>(keep), .wait = wait};
+  }
   program.launch(in, out, scalars, arriving ? &*arriving : nullptr, reinterpret_cast<cudaStream_t>(stream));
 }
 

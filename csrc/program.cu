@@ -43,7 +43,15 @@ struct PeerArgs {
   PeerWait wait;
   std::int64_t offset;  // bytes, of the input in the piece
   std::int64_t bytes;   // of the input
+  void* keep;           // a copy of it; null for none
   int input;
+};
+
+// The peer's input as one block sees it.
+struct Arrived {
+  const void* base = nullptr;
+  void* keep = nullptr;
+  int input = -1;
 };
 
 template <int kVec>
@@ -198,6 +206,7 @@ __device__ __forceinline__ void execute(const Instruction instruction, Values<kV
 // Any program: its code is data.
 struct General {
   static constexpr int kMostDims = kMaxDims;
+  static constexpr bool kWaits = true;
   __device__ static int num_inputs(const KernelArgs& args) { return args.num_inputs; }
   __device__ static int num_outputs(const KernelArgs& args) { return args.num_outputs; }
   __device__ static DType input_dtype(const KernelArgs& args, int k) { return args.input_dtypes[k]; }
@@ -214,6 +223,7 @@ template <std::size_t kProgram>
 struct Static {
   static constexpr int kMostDims = 1;
   static constexpr StaticProgram kCode = kStaticPrograms[kProgram];
+  static constexpr bool kWaits = kCode.waits();
   __device__ static constexpr int num_inputs(const KernelArgs&) { return kCode.num_inputs; }
   __device__ static constexpr int num_outputs(const KernelArgs&) { return 1; }
   __device__ static constexpr DType input_dtype(const KernelArgs&, int k) {
@@ -234,8 +244,7 @@ struct Static {
 
 // kVec neighbours along the fastest dimension, from element `first` on.
 template <typename Code, int kVec>
-__device__ __forceinline__ void compute(const KernelArgs& args, std::int64_t first, const void* peer_base,
-                                        int peer_input) {
+__device__ __forceinline__ void compute(const KernelArgs& args, std::int64_t first, const Arrived& arrived) {
   std::int64_t coords[Code::kMostDims];
   std::int64_t rest = first;
 #pragma unroll
@@ -263,9 +272,17 @@ __device__ __forceinline__ void compute(const KernelArgs& args, std::int64_t fir
 #pragma unroll
   for (int k = 0; k < kMaxInputs; ++k) {
     if (k < Code::num_inputs(args)) {
-      const void* base = k == peer_input ? peer_base : args.inputs[k];
-      load<kVec>(registers[k], Code::input_dtype(args, k), base, offset_of(args.input_strides[k]),
-                 args.input_strides[k][0]);
+      const DType dtype = Code::input_dtype(args, k);
+      const std::int64_t offset = offset_of(args.input_strides[k]);
+      const bool has_arrived = k == arrived.input;
+      load<kVec>(registers[k], dtype, has_arrived ? arrived.base : args.inputs[k], offset, args.input_strides[k][0]);
+      if (has_arrived && arrived.keep != nullptr) {
+        if (kVec > 1 && args.input_strides[k][0] == 0) {
+          store<1>(reinterpret_cast<const Values<1>&>(registers[k]), dtype, arrived.keep, offset);
+        } else {
+          store<kVec>(registers[k], dtype, arrived.keep, offset);
+        }
+      }
     }
   }
   Code::template run<kVec>(registers, args);
@@ -287,16 +304,16 @@ __global__ void __launch_bounds__(kThreads)
   constexpr bool kWaits = std::is_same_v<Peer, PeerArgs>;
   const std::int64_t vecs = args.numel / kVec;
   const std::int64_t units = vecs + args.numel % kVec;
-  const auto run = [&](std::int64_t unit, const void* peer_base, int peer_input) {
+  const auto run = [&](std::int64_t unit, const Arrived& arrived) {
     if (unit < vecs) {
-      compute<Code, kVec>(args, unit * kVec, peer_base, peer_input);
+      compute<Code, kVec>(args, unit * kVec, arrived);
     } else if (unit < units) {
-      compute<Code, 1>(args, vecs * kVec + (unit - vecs), peer_base, peer_input);
+      compute<Code, 1>(args, vecs * kVec + (unit - vecs), arrived);
     }
   };
   if constexpr (kWaits) {
     PeerReader reader(peer.wait);
-    const char* base = reader.slot() + peer.offset;
+    const Arrived arrived{reader.slot() + peer.offset, peer.keep, peer.input};
     const std::int64_t size = element_size(args.input_dtypes[peer.input]);
     // Else a tile can read any part of the input.
     const bool in_order = args.num_dims == 1 && args.input_strides[peer.input][0] == 1;
@@ -307,7 +324,7 @@ __global__ void __launch_bounds__(kThreads)
       const std::int64_t begin = in_order ? element_of(first) * size : 0;
       const std::int64_t end = in_order ? element_of(last) * size : peer.bytes;
       if (reader.arrived(peer.offset + begin, peer.offset + end)) {
-        run(first + threadIdx.x, base, peer.input);
+        run(first + threadIdx.x, arrived);
       }
     }
     reader.acknowledge();
@@ -315,7 +332,7 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kThreads;
     for (std::int64_t unit = blockIdx.x * static_cast<std::int64_t>(kThreads) + threadIdx.x; unit < units;
          unit += threads) {
-      run(unit, nullptr, -1);
+      run(unit, Arrived{});
     }
   }
 }
@@ -330,10 +347,12 @@ void launch_kernel(const KernelArgs& args, const PeerArgs* peer, cudaStream_t st
   const std::int64_t per_sm = peer != nullptr ? kPeerBlocksPerSm : kBlocksPerSm;
   const auto blocks =
       static_cast<unsigned>(std::clamp<std::int64_t>((units + kThreads - 1) / kThreads, 1, per_sm * num_sms));
-  if (peer != nullptr) {
+  if (peer == nullptr) {
+    program_kernel<Code, kVec><<<blocks, kThreads, 0, stream>>>(args, NoPeer{});
+  } else if constexpr (Code::kWaits) {
     program_kernel<Code, kVec><<<blocks, kThreads, 0, stream>>>(args, *peer);
   } else {
-    program_kernel<Code, kVec><<<blocks, kThreads, 0, stream>>>(args, NoPeer{});
+    throw Error("Expected a kernel that waits for a peer");
   }
   check(cudaGetLastError());
 }
@@ -468,7 +487,7 @@ bool Program::vectorizes(int vec, const std::vector<const void*>& inputs, const 
   };
   for (std::size_t k = 0; k < inputs_.size(); ++k) {
     const bool in_slot = peer != nullptr && static_cast<std::size_t>(peer->input) == k;  // of which offsets are aligned
-    if (inputs_[k].strides[0] != 0 && !fits(inputs_[k], in_slot ? nullptr : inputs[k])) return false;
+    if (inputs_[k].strides[0] != 0 && !fits(inputs_[k], in_slot ? peer->keep : inputs[k])) return false;
   }
   for (std::size_t k = 0; k < outputs_.size(); ++k) {
     if (!fits(outputs_[k], outputs[k])) return false;
@@ -510,11 +529,12 @@ void Program::launch(const std::vector<const void*>& inputs, const std::vector<v
     const Operand& input = inputs_.at(static_cast<std::size_t>(peer->input));
     std::int64_t bytes = size_of(input.dtype);
     for (std::size_t d = 0; d < shape_.size(); ++d) bytes *= input.strides[d] == 0 ? 1 : shape_[d];
-    waiting = {.wait = peer->wait, .offset = peer->offset, .bytes = bytes, .input = peer->input};
+    waiting = {.wait = peer->wait, .offset = peer->offset, .bytes = bytes, .keep = peer->keep, .input = peer->input};
     wait = &waiting;
   }
   if (vectorizes(kStaticVec, inputs, outputs, peer)) {
-    const bool has_kernel = specialization_ >= 0 && shape_.size() == 1;
+    const bool has_kernel = specialization_ >= 0 && shape_.size() == 1 &&
+                            (peer == nullptr || kStaticPrograms[static_cast<std::size_t>(specialization_)].waits());
     if (has_kernel) return kStaticLaunchers[static_cast<std::size_t>(specialization_)](args, wait, stream);
     if (lanes_ > 0) return launch_kernel<General, kStaticVec>(args, wait, stream);
   }

@@ -39,10 +39,12 @@ struct Operand {
   std::vector<std::int64_t> strides;
 };
 
-// Input `input` lies `offset` bytes into the next piece that a peer pushes, or has pushed.
+// Input `input` lies `offset` bytes into the next piece that a peer pushes, or has pushed. It is copied to `keep`, laid
+// out alike, unless that is null: the piece's place is used again.
 struct PeerInput {
   int input;
   std::int64_t offset;
+  void* keep;
   PeerWait wait;
 };
 

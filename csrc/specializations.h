@@ -29,6 +29,12 @@ struct StaticProgram {
   Instruction code[kMaxStaticInstructions]{};
   std::uint8_t store = 0;
 
+  // Whether there is a kernel that waits for a peer too: for what pipelines do with most models, to keep the build
+  // short.
+  constexpr bool waits() const {
+    return output != DType::kFloat32 && rule != Rule::kCfgCond && rule != Rule::kInstructPix2Pix;
+  }
+
   constexpr void input(DType dtype) { inputs[num_inputs++] = dtype; }
   constexpr void emit(Op op, int dst, int a, int b, DType round) {
     code[num_instructions++] = {

@@ -87,8 +87,10 @@ def test_the_sign_of_a_zero_is_structure(fusion: Fusion, zeros: tuple[float, flo
 
 
 def test_a_kernel_that_rounds_otherwise_is_found_out() -> None:
-    def one_ulp_off(program: Program, inputs: Any, scalars: Any, outputs: Sequence[torch.Tensor], arrival: Any) -> None:
-        interpret(program, inputs, scalars, outputs, arrival)
+    def one_ulp_off(
+        program: Program, inputs: Any, scalars: Any, outputs: Sequence[torch.Tensor], *arrival: Any
+    ) -> None:
+        interpret(program, inputs, scalars, outputs, *arrival)
         outputs[0].copy_(torch.nextafter(outputs[0], torch.tensor(torch.inf)))
 
     fusion = Fusion(CPU, one_ulp_off, "wrong")

@@ -910,9 +910,9 @@ def test_programs(rule: str, dtype: torch.dtype, programs: dict[bool, Fusion]) -
 def test_programs_are_what_runs(rule: str, programs: dict[bool, Fusion], monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[torch.Tensor] = []
 
-    def execute(program: Any, inputs: Any, scalars: Any, outputs: Any, arrival: Any) -> None:
+    def execute(program: Any, inputs: Any, scalars: Any, outputs: Any, *arrival: Any) -> None:
         launches.extend(outputs)
-        interpret(program, inputs, scalars, outputs, arrival)
+        interpret(program, inputs, scalars, outputs, *arrival)
 
     monkeypatch.setattr(programs[False], "execute", execute)
     case = make_case(rule, torch.bfloat16, (2, 3, 16), 0, step="tensor")

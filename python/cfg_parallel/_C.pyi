@@ -39,11 +39,12 @@ class Program:
         scalars: Sequence[float],
         device: int,
         stream: int,
-        peer: tuple[int, int, PeerWait] | None = None,
+        peer: tuple[int, int, int, PeerWait] | None = None,
     ) -> None:
         """Enqueue it on `stream`. An output may be the memory of an input, if both have the same layout.
 
-        `peer` = (input, offset, wait): that input lies so many bytes into the next piece that the peer pushes."""
+        `peer` = (input, offset, keep, wait): that input lies so many bytes into the next piece that the peer pushes,
+        and is copied to the address `keep` too, unless that is 0."""
 
     @property
     def specialization(self) -> str:

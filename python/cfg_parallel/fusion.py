@@ -167,34 +167,40 @@ class Fusion:
 
     def _launch_and_settle(self, launch: Launch, recorded: _Recorded) -> None:
         """A call that is on its way is waited for by the kernel, which also keeps a copy of its output."""
-        nodes = recorded.nodes
-        arrival = None
-        for source in launch.inputs:
-            call = nodes[source.position] if source.position is not None else None
-            if call is not None and call.values is None:
-                arrival = call.borrow() if call.borrow is not None else None
-                if arrival is None:
-                    run(call)
-        outputs = self._launch(launch, recorded, arrival, self._into)
+        outputs = [self._empty(recorded, position, self._into) for position in launch.outputs]
+        late = next((recorded.nodes[p] for p in launch.positions if recorded.nodes[p].values is None), None)
+        arrival = keep = None
+        if late is not None:
+            keep = self._empty(recorded, recorded.position[late])  # before borrowing: there may be no memory
+            arrival = late.borrow() if late.borrow is not None else None
+            if arrival is None:
+                run(late)
+        self._launch(launch, recorded, outputs, arrival, keep)
+        if late is not None and arrival is not None and keep is not None:
+            late.settle([keep])
         for position, value in zip(launch.outputs, outputs, strict=True):
-            if nodes[position].values is None:  # a call may have turned out to be here already
-                nodes[position].settle([value])
+            recorded.nodes[position].settle([value])
 
     def _launch(
-        self, launch: Launch, recorded: _Recorded, arrival: Arrival | None = None, into: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+        self,
+        launch: Launch,
+        recorded: _Recorded,
+        outputs: Sequence[torch.Tensor],
+        arrival: Arrival | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> None:
         assert self.execute is not None
         inputs = [recorded.value(source) for source in launch.inputs]
-        outputs = []
-        for position in launch.outputs:
-            shape, strides, dtype = recorded.nodes[position].specs[0]
-            asked_for = into is not None and position == len(recorded.nodes) - 1
-            if asked_for and into is not None and (into.shape, into.stride(), into.dtype) == (shape, strides, dtype):
-                outputs.append(into)
-            else:
-                outputs.append(torch.empty_strided(shape, strides, dtype=dtype, device=self.device))
-        self.execute(launch.program, inputs, launch.scalar_values(recorded.scalars), outputs, arrival)
-        return outputs
+        scalars = launch.scalar_values(recorded.scalars)
+        self.execute(launch.program, inputs, scalars, outputs, arrival, keep)
+
+    def _empty(self, recorded: _Recorded, position: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Memory for the value at `position`: `into`, when that is what was asked for and laid out alike."""
+        shape, strides, dtype = recorded.nodes[position].specs[0]
+        if into is not None and position == len(recorded.nodes) - 1:
+            if (into.shape, into.stride(), into.dtype) == (shape, strides, dtype):
+                return into
+        return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
 
     def _check(self, plan: Plan, recorded: _Recorded) -> None:
         """Compare the plan's results with those of a replay. Waits for the device: once for each plan."""
@@ -202,7 +208,9 @@ class Fusion:
         for action in plan.actions:
             if isinstance(action, int):
                 continue
-            for position, value in zip(action.outputs, self._launch(action, recorded), strict=True):
+            outputs = [self._empty(recorded, position) for position in action.outputs]
+            self._launch(action, recorded, outputs)
+            for position, value in zip(action.outputs, outputs, strict=True):
                 expected = recorded.nodes[position].values
                 assert expected is not None
                 if _same_bits(value, expected[0]):
@@ -324,7 +332,6 @@ class _Planner:
         self._by_torch: set[int] = set()
         self._computed: list[bool] = []
         self._stage: list[int] = []
-        self._borrowable: frozenset[int] = frozenset()
         self.borrowed: frozenset[int] = frozenset()
 
     def plan(self, wanted: frozenset[int]) -> tuple[list[int | Launch], list[int]]:
@@ -336,7 +343,6 @@ class _Planner:
             if not unfit:
                 break
             self._by_torch |= unfit
-        self._borrowable = self._not_read_by_torch()
         actions: list[int | Launch] = []
         for stage in range(max(self._stage) + 1):
             members = [i for i in range(len(self._steps)) if self._stage[i] == stage]
@@ -348,9 +354,7 @@ class _Planner:
                     by_shape.setdefault(shape, []).append(i)
             for shape, outputs in by_shape.items():
                 actions += self._launches(shape, outputs, stage)
-        launches = [action for action in actions if isinstance(action, Launch)]
-        read = [source.position for launch in launches for source in launch.inputs]
-        self.borrowed = frozenset(i for i in self.borrowed if read.count(i) == 1)
+        self.borrowed = self._borrowed([action for action in actions if isinstance(action, Launch)])
         return actions, [i for i, computed in enumerate(self._computed) if computed and i not in required]
 
     def _classify(self, wanted: frozenset[int]) -> None:
@@ -380,10 +384,17 @@ class _Planner:
             return self._with_norm and self._on_gpu and is_row_norm(step, self._exact)
         return is_elementwise(step, self._exact, self._on_gpu)
 
-    def _not_read_by_torch(self) -> frozenset[int]:
-        """The calls whose output only programs read."""
-        read = {self._position[r.node] for i, s in enumerate(self._steps) if not self._computed[i] for r in s.refs()}
-        return frozenset(i for i, node in enumerate(self._nodes) if node.op is None and i not in read)
+    def _borrowed(self, launches: Sequence[Launch]) -> frozenset[int]:
+        """Of each launch the last call that it alone reads, once: a kernel waits for one."""
+        by_torch = {
+            self._position[r.node] for i, s in enumerate(self._steps) if not self._computed[i] for r in s.refs()
+        }
+        reads = [position for launch in launches for position in launch.positions]
+        chosen = set()
+        for launch in launches:
+            calls = [p for p in launch.positions if self._nodes[p].op is None and p not in by_torch]
+            chosen.update([p for p in calls if reads.count(p) == 1][-1:])
+        return frozenset(chosen)
 
     def _required(self, wanted: frozenset[int]) -> set[int]:
         """The computed ops whose values something other than their own stage's programs needs."""
@@ -402,14 +413,7 @@ class _Planner:
             if len(outputs) == 1:
                 raise
             return [action for output in outputs for action in self._launches(shape, [output], stage)]
-        arriving = [s.position for s in launch.inputs if s.position is not None and s.position in self._borrowable]
-        if arriving:
-            try:  # with a copy of what arrives: somebody may still ask for it, and the place it comes to is used again
-                launch = self._lower(shape, [*outputs, arriving[-1]], stage)
-                self.borrowed |= {arriving[-1]}
-            except Unfusable:
-                pass  # then it is received first
-        alone = len(launch.program.code) < 2 and len(launch.outputs) == 1
+        alone = len(launch.program.code) < 2 and len(outputs) == 1
         reads = [self._position[ref.node] for ref in self._steps[outputs[0]].refs()]
         if alone and not any(self._computed[p] and self._stage[p] == stage for p in reads):
             return [outputs[0]]  # PyTorch's own kernel does as well
@@ -419,8 +423,7 @@ class _Planner:
         def computed(i: int) -> bool:
             return self._computed[i] and self._stage[i] == stage
 
-        lowering = Lowering(self._nodes, self._steps, self._position, computed, shape, self._exact, self._on_gpu)
-        return lowering.launch(outputs)
+        return Lowering(self._steps, self._position, computed, shape, self._exact, self._on_gpu).launch(outputs)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

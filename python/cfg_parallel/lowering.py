@@ -102,6 +102,11 @@ class Launch:
     scalars: tuple[Scalar | Constant, ...]
     outputs: tuple[int, ...]
 
+    @property
+    def positions(self) -> list[int]:
+        """Of the ops and calls that it reads."""
+        return [source.position for source in self.inputs if source.position is not None]
+
     def scalar_values(self, scalars: Sequence[float]) -> list[float]:
         values = []
         for scalar in self.scalars:
@@ -240,7 +245,6 @@ class Lowering:
     """Builds one program over `shape` (without dimensions of size 1). `computed(position)` tells which ops are part of
     it and not inputs."""
 
-    nodes: Sequence[Node]
     steps: Sequence[Step]
     position: dict[Node, int]
     computed: Callable[[int], bool]
@@ -257,8 +261,7 @@ class Lowering:
             step = self.steps[position]
             count = iter(range(len(self.shape)))
             dims = tuple(next(count) if size != 1 else -1 for size in step.shape)
-            is_call = step.op is None
-            roots.append(self._read(Ref(self.nodes[position], 0), dims) if is_call else self._lower(position, dims))
+            roots.append(self._lower(position, dims))
         operands = [
             Operand(self.steps[p].dtype, self._strides(self.steps[p].shape, self.steps[p].strides)) for p in outputs
         ]

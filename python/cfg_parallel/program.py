@@ -118,21 +118,27 @@ def launch(
     scalars: Sequence[float],
     outputs: Sequence[torch.Tensor],
     arrival: Arrival | None = None,
+    keep: torch.Tensor | None = None,
 ) -> None:
     """Fill `outputs` with one kernel on the current stream of their device.
 
-    With an `arrival`, the input that is None is its only tensor: the kernel waits for it, chunk by chunk."""
+    With an `arrival`, the input that is None is its only tensor: the kernel waits for it, chunk by chunk, and copies it
+    to `keep`, which is laid out alike, if that is given."""
     device = outputs[0].device
     _native(program).launch(
-        [0 if tensor is None else tensor.data_ptr() for tensor in inputs],
+        [_address(tensor) for tensor in inputs],
         [tensor.data_ptr() for tensor in outputs],
         scalars,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
-        None if arrival is None else (list(inputs).index(None), arrival.offsets[0], arrival.wait),
+        None if arrival is None else (list(inputs).index(None), arrival.offsets[0], _address(keep), arrival.wait),
     )
     if arrival is not None:
         arrival.launched()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -152,13 +158,17 @@ def interpret(
     scalars: Sequence[float],
     outputs: Sequence[torch.Tensor],
     arrival: Arrival | None = None,
+    keep: torch.Tensor | None = None,
 ) -> None:
     """What `launch` does, by PyTorch ops: in fp32, and in fp64 for FMA, which a second rounding can put off by one."""
     registers: list[Any] = [None] * REGISTERS
     for i, (tensor, operand) in enumerate(zip(inputs, program.inputs, strict=True)):
         if tensor is None:
-            tensor = torch.empty_strided(program.shape, operand.strides, dtype=operand.dtype, device=outputs[0].device)
-            arrival.copy_out([flat_bytes(tensor)])  # type: ignore[union-attr]
+            assert arrival is not None
+            tensor = (
+                keep if keep is not None else torch.empty_strided(program.shape, operand.strides, dtype=operand.dtype)
+            )
+            arrival.copy_out([flat_bytes(tensor)])
         registers[i] = tensor.as_strided(program.shape, operand.strides).float()
 
     def value(operand: int) -> torch.Tensor:

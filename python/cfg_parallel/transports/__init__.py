@@ -48,14 +48,14 @@ def resolve(name: str, devices: list[torch.device]) -> tuple[str, str]:
         if name == "peer":
             raise ConfigurationError(f"transport='peer' needs the compiled extension: {missing}")
         return "host", f"peer and nccl need the compiled extension: {missing}"
+    if name == "auto" and os.environ.get("CFG_PARALLEL_PEER") != "1":
+        return "nccl", "peer is new: transport='peer' or CFG_PARALLEL_PEER=1 turns it on"
     without = _pair_without_access(devices)
     if without is not None:
         reason = f"no peer access between {without}"
         if name == "peer":
             raise ConfigurationError(f"transport='peer' cannot work: {reason} (`nvidia-smi topo -p2p w`); use 'nccl'.")
         return "nccl", reason
-    if name == "auto" and os.environ.get("CFG_PARALLEL_PEER") != "1":
-        return "nccl", "peer is new: transport='peer' or CFG_PARALLEL_PEER=1 turns it on"
     return "peer", ASKED_FOR if name == "peer" else f"peer access between {_join(devices, ' and ')}"
 
 
