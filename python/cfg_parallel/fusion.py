@@ -111,7 +111,7 @@ class Fusion:
         replay([call for call in calls if call.borrow is None])
         nodes = [node for node in nodes if node.values is None]
         reason = self._evaluate(nodes)
-        if calls and nodes[-1:] != calls[-1:]:
+        if calls and nodes and nodes[-1].op is not None:
             if reason is None:
                 self.fused[self._label] += 1
             else:
@@ -197,9 +197,9 @@ class Fusion:
     def _empty(self, recorded: _Recorded, position: int, into: torch.Tensor | None = None) -> torch.Tensor:
         """Memory for the value at `position`: `into`, when that is what was asked for and laid out alike."""
         shape, strides, dtype = recorded.nodes[position].specs[0]
-        if into is not None and position == len(recorded.nodes) - 1:
-            if (into.shape, into.stride(), into.dtype) == (shape, strides, dtype):
-                return into
+        asked_for = into is not None and position == len(recorded.nodes) - 1
+        if asked_for and (into.shape, into.stride(), into.dtype) == (shape, strides, dtype):  # type: ignore[union-attr]
+            return into  # type: ignore[return-value]
         return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
 
     def _check(self, plan: Plan, recorded: _Recorded) -> None:
@@ -354,7 +354,7 @@ class _Planner:
                     by_shape.setdefault(shape, []).append(i)
             for shape, outputs in by_shape.items():
                 actions += self._launches(shape, outputs, stage)
-        self.borrowed = self._borrowed([action for action in actions if isinstance(action, Launch)])
+        self.borrowed = self._borrowed(actions)
         return actions, [i for i, computed in enumerate(self._computed) if computed and i not in required]
 
     def _classify(self, wanted: frozenset[int]) -> None:
@@ -384,16 +384,17 @@ class _Planner:
             return self._with_norm and self._on_gpu and is_row_norm(step, self._exact)
         return is_elementwise(step, self._exact, self._on_gpu)
 
-    def _borrowed(self, launches: Sequence[Launch]) -> frozenset[int]:
+    def _borrowed(self, actions: Sequence[int | Launch]) -> frozenset[int]:
         """Of each launch the last call that it alone reads, once: a kernel waits for one."""
-        by_torch = {
-            self._position[r.node] for i, s in enumerate(self._steps) if not self._computed[i] for r in s.refs()
-        }
+        launches = [action for action in actions if isinstance(action, Launch)]
         reads = [position for launch in launches for position in launch.positions]
+        for action in actions:
+            if isinstance(action, int):
+                reads += 2 * [self._position[ref.node] for ref in self._steps[action].refs()]
         chosen = set()
         for launch in launches:
-            calls = [p for p in launch.positions if self._nodes[p].op is None and p not in by_torch]
-            chosen.update([p for p in calls if reads.count(p) == 1][-1:])
+            calls = [p for p in launch.positions if self._nodes[p].op is None and reads.count(p) == 1]
+            chosen.update(calls[-1:])
         return frozenset(chosen)
 
     def _required(self, wanted: frozenset[int]) -> set[int]:

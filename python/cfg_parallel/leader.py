@@ -111,6 +111,10 @@ class Leader:
         self.fusion.remove()
         self._end_step(generation)
         generation.fused, generation.replayed = dict(self.fusion.fused), dict(self.fusion.replayed)
+        guided = sum(step.branches > 1 for step in generation.steps)
+        rest = guided - sum(generation.fused.values()) - sum(generation.replayed.values())
+        if rest > 0:
+            generation.replayed["a prediction was asked for before it was combined"] = rest
         generation.seconds = time.perf_counter() - generation.started
         self.generation = None
         for follower, remote in enumerate(self.remotes):

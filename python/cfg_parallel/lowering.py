@@ -167,6 +167,8 @@ def is_elementwise(step: Step, exact: bool, on_gpu: bool) -> bool:
         return False
     if not all(_can_read(arg, step, on_gpu) for arg in step.args if isinstance(arg, (Leaf, Ref))):
         return False
+    if not all(isinstance(arg, (Leaf, Ref, Scalar)) for arg in step.args[: 2 if step.op in BINARY else 1]):
+        return False  # a bool, say
     contracted = exact and not on_gpu  # where CPUs use fused multiply-add depends on the machine
     if step.op in BINARY:
         alpha = step.kwargs.get("alpha", step.args[2] if len(step.args) > 2 else 1)
@@ -205,8 +207,8 @@ def view_dims(step: Step, shape: tuple[int, ...]) -> list[int] | None:
     """For each dimension of the view `step` of a tensor of `shape`: which dimension of that tensor it is, -1 for a
     broadcast or new one. None when the elements change places in another way."""
     dims = len(shape)
-    if step.op in (aten.alias.default, aten.detach.default):
-        return list(range(dims))
+    if step.op in (aten.alias.default, aten.detach.default) or (step.op is aten.t.default and dims < 2) or not dims:
+        return list(range(dims)) if len(step.shape) == dims else [-1] * len(step.shape)
     if step.op is aten.permute.default:
         return [dim % dims for dim in step.args[1]]
     if step.op in (aten.transpose.int, aten.t.default):
