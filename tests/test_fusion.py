@@ -3,6 +3,8 @@ lost. tests/test_pending.py runs each of its cases this way too."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 from diffusers import guiders
 
 from cfg_parallel import ConfigurationError, enable_cfg_parallel
+from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import flat_bytes
 from cfg_parallel.fusion import CHECKED, Fusion
+from cfg_parallel.leader import Leader
 from cfg_parallel.pending import PendingPrediction, RecordingError, is_unsettled, pending_outputs, settle, settle_all
-from cfg_parallel.program import Program, interpret
+from cfg_parallel.program import LaunchError, Program, interpret
 from reference import reference
 from tiny import TINY, generate
 
@@ -219,6 +223,100 @@ def test_settled_at_the_end_what_somebody_holds(fusion: Fusion) -> None:
     assert not is_unsettled(guided)
     assert not is_unsettled(latents)
     assert torch.equal(settle(latents), step(p, n, sample))
+
+
+# What a review found
+
+
+@pytest.mark.parametrize("execute", [None, interpret])
+def test_latents_that_each_call_casts_make_no_step_of_their_own(execute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device: (execute, "interpreter"))
+    linear = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    leader = Leader(CPU, [])
+    leader.begin()
+    latents: Any = torch.randn(2, 8)
+    with torch.no_grad():
+        for _ in range(5):
+            p, n = (leader.dispatch(Denoiser("d", linear), (latents.to(torch.bfloat16) * k,), {}) for k in (1, 2))
+            latents = latents + -0.1 * (n + 4.0 * (p - n)).float()
+        settle(latents)
+    assert [step.branches for step in leader.end().steps] == [2] * 5
+
+
+def test_memory_that_was_handed_out_is_cast_at_once(fusion: Fusion) -> None:
+    for look in (torch.from_dlpack, lambda p: p.diagonal(0, 1, 2), lambda p: p.numpy()):
+        x = torch.ones(2, 4, 4)
+        p = pend(x.clone())
+        view = look(p)
+        cast = p.to(torch.float64)
+        view.fill(0) if not isinstance(view, torch.Tensor) else view.zero_()
+        assert torch.equal(settle(cast), x.double())
+
+
+def test_a_left_value_whose_operand_was_overwritten(fusion: Fusion) -> None:
+    x = predictions(1)[0]
+    for _ in range(3):
+        p = pend(x)
+        doubled = p * 2
+        left = doubled + 1
+        settle(left * 3)
+        settle(doubled).zero_()  # not by way of the prediction, so nothing could be settled before it
+        with contextlib.suppress(RecordingError):  # the one refusal that is allowed
+            assert torch.equal(settle(left), x * 2 + 1)
+
+
+def failing(error: Exception) -> Any:
+    """An `execute` that raises once and is wrong from then on."""
+    calls: list[int] = []
+
+    def execute(program: Program, inputs: Any, scalars: Any, outputs: Sequence[torch.Tensor], *arrival: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+        interpret(program, inputs, scalars, outputs, *arrival)
+        outputs[0].add_(1)
+
+    return execute
+
+
+@pytest.mark.parametrize("error", [LaunchError("rows are not contiguous"), torch.OutOfMemoryError("full")])
+def test_a_check_that_failed_is_none(error: Exception) -> None:
+    p, n, sample = predictions(3)
+    fusion = Fusion(CPU, failing(error), "failing")
+    fusion.install()
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(settle(step(pend(p), pend(n), sample)), step(p, n, sample))
+    fusion.remove()
+    assert not fusion.fused
+    assert fusion.replayed[str(error)] == 2
+
+
+def test_a_launch_that_cannot_be_made_is_replayed(fusion: Fusion) -> None:
+    p, n, sample = predictions(3)
+    settle(step(pend(p), pend(n), sample))
+    fusion.execute = failing(LaunchError("not aligned"))
+    for _ in range(2):
+        arriving = Arriving(p)
+        assert torch.equal(settle(step(arriving.pending, pend(n), sample)), step(p, n, sample))
+    assert fusion.replayed["not aligned"] >= 1
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to_sparse(), lambda x: torch.complex(x, x).imag, lambda x: x.conj()])
+def test_operands_that_kernels_cannot_read(fusion: Fusion, make: Any) -> None:
+    p, n = predictions(2, (4, 8))
+    for _ in range(2):
+        assert torch.equal(settle((pend(p) + make(n)) * 2), (p + make(n)) * 2)
+
+
+def test_a_long_recording_takes_no_quadratic_time(fusion: Fusion) -> None:
+    p = predictions(1)[0]
+    result: Any = pend(p)
+    for _ in range(1000):
+        result = result.unsqueeze(0).squeeze(0)
+    start = time.monotonic()
+    assert torch.equal(settle(result * 2 + 1), p * 2 + 1)
+    assert time.monotonic() - start < 20
 
 
 # The guiders of Modular Diffusers

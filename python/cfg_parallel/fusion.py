@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.codec import flat_bytes
 from cfg_parallel.lowering import (
     BINARY,
     NORM,
@@ -31,12 +32,13 @@ from cfg_parallel.lowering import (
     view_dims,
 )
 from cfg_parallel.pending import settle
-from cfg_parallel.program import Execute
+from cfg_parallel.program import Execute, LaunchError
 from cfg_parallel.recording import Node, Ref, ancestors, check_versions, recording, replay, run
 from cfg_parallel.rules import name_of
 from cfg_parallel.transports.peer import Arrival
 
 _PLAN_LIMIT = 1024
+_MOST_OPS = 256  # a plan takes time that grows faster than its ops
 CHECKED = "the fused kernels were compared with it, once for each kind of step"
 
 
@@ -128,9 +130,10 @@ class Fusion:
                 self._wanted.add(node.left_by)
                 replay(ancestors(node))
         nodes = [node for node in nodes if node.values is None]
-        if sum(node.op is not None for node in nodes) < 2:
+        ops = sum(node.op is not None for node in nodes)
+        if not 2 <= ops <= _MOST_OPS:
             replay(nodes)
-            return "a single op has nothing to be fused with"
+            return "a single op has nothing to be fused with" if ops < 2 else f"more than {_MOST_OPS} ops in a row"
         recorded = _Recorded(nodes, self.device)
         wanted = frozenset(i for i, way in enumerate(recorded.ways) if way in self._wanted)
         plan = self._plans.get((recorded.key, wanted))
@@ -142,7 +145,12 @@ class Fusion:
             self._plans[recorded.key, wanted] = plan
         self._label = f"{plan.label} ({self.backend})"
         if plan.unfit is None and (recorded.key in self._checked or not self.exact):
-            self._run(plan, recorded)
+            try:
+                self._run(plan, recorded)
+            except LaunchError as error:
+                self._give_up(plan, recorded, str(error))
+                replay(nodes)
+                return str(error)
             return None
         left = {position: nodes[position].recorded() for position in plan.left}
         replay(nodes)
@@ -175,7 +183,13 @@ class Fusion:
             arrival = late.borrow() if late.borrow is not None else None
             if arrival is None:
                 run(late)
-        self._launch(launch, recorded, outputs, arrival, keep)
+        try:
+            self._launch(launch, recorded, outputs, arrival, keep)
+        except LaunchError:
+            if arrival is not None and late is not None and keep is not None:
+                arrival.copy_out([flat_bytes(keep)])
+                late.settle([keep])
+            raise
         if late is not None and arrival is not None and keep is not None:
             late.settle([keep])
         for position, value in zip(launch.outputs, outputs, strict=True):
@@ -204,23 +218,33 @@ class Fusion:
 
     def _check(self, plan: Plan, recorded: _Recorded) -> None:
         """Compare the plan's results with those of a replay. Waits for the device: once for each plan."""
-        self._checked.add(recorded.key)
         for action in plan.actions:
             if isinstance(action, int):
                 continue
-            outputs = [self._empty(recorded, position) for position in action.outputs]
-            self._launch(action, recorded, outputs)
+            try:
+                outputs = [self._empty(recorded, position) for position in action.outputs]
+                self._launch(action, recorded, outputs)
+            except (LaunchError, torch.OutOfMemoryError) as error:  # the replay has given every value that is needed
+                self._give_up(plan, recorded, str(error))
+                return
             for position, value in zip(action.outputs, outputs, strict=True):
                 expected = recorded.nodes[position].values
                 assert expected is not None
-                if _same_bits(value, expected[0]):
-                    continue
-                self._checked.discard(recorded.key)
-                if action.program.has_norm:  # PyTorch sums this shape in another order: its own kernel it is
-                    self._without_norm.add(recorded.key)
-                    self._plans = {key: known for key, known in self._plans.items() if key[0] != recorded.key}
+                if not _same_bits(value, expected[0]):
+                    self._give_up(
+                        plan, recorded, f"the fused kernel ({plan.label}) does not round as PyTorch does here"
+                    )
                     return
-                plan.unfit = f"the fused kernel ({plan.label}) does not round as PyTorch does here"
+        self._checked.add(recorded.key)
+
+    def _give_up(self, plan: Plan, recorded: _Recorded, reason: str) -> None:
+        """Replay recordings of this kind from now on; first without norms, of which the kernels do not do all."""
+        self._checked.discard(recorded.key)
+        if any(launch.program.has_norm for launch in plan.actions if isinstance(launch, Launch)):
+            self._without_norm.add(recorded.key)
+            self._plans = {key: known for key, known in self._plans.items() if key[0] != recorded.key}
+        else:
+            plan.unfit = reason
 
     def _make_plan(self, recorded: _Recorded, wanted: frozenset[int]) -> Plan:
         label = name_of(recorded.nodes)
@@ -273,8 +297,7 @@ class _Recorded:
         return torch.empty_strided(shape, strides, dtype=dtype, device=value.device).copy_(value)
 
     def _step(self, node: Node) -> Step:
-        self._note(node.op)
-        self._note(tuple(node.specs))
+        self._note((node.op, *node.specs, node.device))
         numbers = node.op in BINARY
         args = tuple(self._operand(arg, numbers and i < 2) for i, arg in enumerate(node.args))
         kwargs = {name: self._operand(value, False) for name, value in node.kwargs.items()}
@@ -315,8 +338,10 @@ class _Recorded:
         index = self._numbers.setdefault(id(tensor), len(self.tensors))
         if index == len(self.tensors):
             self.tensors.append(tensor)
-        on_device = tensor.device == self.device
-        leaf = Leaf(index, tuple(tensor.shape), tensor.stride(), tensor.dtype, on_device)
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        readable = plain and tensor.device == self.device and not tensor.is_neg() and not tensor.is_conj()
+        strides = tensor.stride() if plain else ()
+        leaf = Leaf(index, tuple(tensor.shape), strides, tensor.dtype, readable)
         self._note(leaf, (leaf.shape, leaf.strides, leaf.dtype))
         return leaf
 
@@ -408,6 +433,8 @@ class _Planner:
         return required
 
     def _launches(self, shape: tuple[int, ...], outputs: list[int], stage: int) -> list[int | Launch]:
+        if 0 in shape:
+            raise Unfusable("there is no element to compute")
         try:
             launch = self._lower(shape, outputs, stage)
         except Unfusable:
@@ -429,4 +456,6 @@ class _Planner:
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     whole = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    if any(size > 1 and x != y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)):
+        return False
     return torch.equal(a.view(whole), b.view(whole))

@@ -33,6 +33,7 @@ from cfg_parallel.pending import (
     settled_outputs,
 )
 from cfg_parallel.program import executor
+from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.peer import Arrival
@@ -137,7 +138,7 @@ class Leader:
                 self._end_step(generation)
             return denoiser.module(*args, **kwargs)
         pendings = [t for t in tensors_in((args, kwargs)) if isinstance(t, PendingPrediction)]
-        depends = any(is_unsettled(tensor) for tensor in pendings)
+        depends = generation is not None and _depends(pendings, generation.step.nodes)
         if pendings:
             args, kwargs = map_tensors(args, settle), map_tensors(kwargs, settle)
         if generation is None:
@@ -377,6 +378,12 @@ def _borrow(remote_call: RemoteCall, template: Template) -> Arrival | None:
         return remote_call.borrow() if len(specs) == 1 and specs == template.specs else None
     except (RemoteCallError, FollowerLostError):
         return None
+
+
+def _depends(pendings: Sequence[PendingPrediction], calls: Sequence[Node]) -> bool:
+    """Whether any of `pendings` is still to be computed from one of `calls`."""
+    sources = {*calls, *(part[0]._node for call in calls for part in call.parts if part)}
+    return any(node in sources for p in pendings if is_unsettled(p) for node in ancestors(p._node))
 
 
 def _was_read(node: Node) -> bool:

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 # A row of this many elements has its norm summed in the order of PyTorch's kernel (csrc/program.cu); others have not.
 EXACT_NORM_SIZE = 64
-MAX_NORM_SIZE = 1024
+NORM_SIZES = (8, 16, 32, 64, 128, 256)  # 8 elements for each of the threads of a warp, or of part of one
 
 
 class Unfusable(Exception):
@@ -176,7 +176,8 @@ def is_elementwise(step: Step, exact: bool, on_gpu: bool) -> bool:
     if step.op is aten.pow.Tensor_Scalar:
         return step.args[1] in (2, 0.5)
     if step.op is aten.clamp.default:
-        return all(limit is None or isinstance(limit, (int, float)) for limit in step.args[1:])
+        # With a limit of zero the kernels' minimum and maximum may disagree about the sign of a zero.
+        return all(limit is None or (isinstance(limit, (int, float)) and limit != 0) for limit in step.args[1:])
     if step.op is aten.lerp.Scalar:
         return not contracted
     return True
@@ -200,7 +201,7 @@ def is_row_norm(step: Step, exact: bool) -> bool:
     shape = x.shape if isinstance(x, Leaf) else x.spec[0]
     if len(shape) < 2 or list(dims or ()) not in ([-1], [len(shape) - 1]):
         return False
-    return shape[-1] == EXACT_NORM_SIZE if exact else shape[-1] % 8 == 0 and 8 <= shape[-1] <= MAX_NORM_SIZE
+    return shape[-1] == EXACT_NORM_SIZE if exact else shape[-1] in NORM_SIZES
 
 
 def view_dims(step: Step, shape: tuple[int, ...]) -> list[int] | None:
@@ -323,6 +324,8 @@ class Lowering:
             if self.exact:  # what the compiler makes of CUDA's `a + alpha * b`
                 return self._emit(Op.FMA, (b, factor, a), rounding)
             return self._emit(Op.ADD, (a, self._emit(Op.MUL, (b, factor), torch.float32)), rounding)
+        if op is Op.DIV and isinstance(a, Scalar) and self.exact:
+            a = replace(a, round=step.dtype)  # CUDA's division has no form in which this number stays wide
         if op is Op.DIV and isinstance(b, Scalar) and self.exact and self.on_gpu:
             return self._emit(Op.MUL, (a, replace(b, reciprocal=True)), rounding)
         return self._emit(op, (a, b), rounding)

@@ -155,7 +155,7 @@ class PendingPrediction(torch.Tensor):
         if func._schema.is_mutable:
             return _mutate(func, args, kwargs)
         if any(returned.alias_info is not None for returned in func._schema.returns):
-            _settle_recorded()  # the result is a plain view
+            _hand_out(*_pendings((args, kwargs)))  # the result is a plain view
         return func(*_unwrap(args), **_unwrap(kwargs))
 
     def settle(self) -> torch.Tensor:
@@ -164,30 +164,30 @@ class PendingPrediction(torch.Tensor):
 
     # These read memory without passing through an op, and a wrapper has no memory of its own.
     def numpy(self, *, force: bool = False) -> Any:
-        _settle_recorded()
+        _hand_out(self)
         return settle(self).numpy(force=force)
 
     def tolist(self) -> Any:
         return settle(self).tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        _settle_recorded()
+        _hand_out(self)
         value = settle(self).__array__(dtype) if dtype is not None else settle(self).__array__()
         return value.copy() if copy else value
 
     def data_ptr(self) -> int:
-        _settle_recorded()
+        _hand_out(self)
         return settle(self).data_ptr()
 
     def untyped_storage(self) -> Any:
-        _settle_recorded()
+        _hand_out(self)
         return settle(self).untyped_storage()
 
     def storage_offset(self) -> Any:
         return settle(self).storage_offset()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        _settle_recorded()
+        _hand_out(self)
         return settle(self).__dlpack__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -233,7 +233,7 @@ def join(parts: Sequence[Sequence[PendingPrediction]]) -> list[torch.Tensor]:
     chunks = [value.chunk(len(parts)) for value in joined]
     for k, part in enumerate(parts):
         if part:
-            part[0]._node.values = [chunk[k] for chunk in chunks]
+            part[0]._node.settle([chunk[k] for chunk in chunks])
     return joined
 
 
@@ -291,6 +291,13 @@ def _unwrap(obj: Any) -> Any:
     return obj
 
 
+def _hand_out(*pendings: PendingPrediction) -> None:
+    """Their memory is given to somebody who can write to it without an op that is seen here."""
+    for pending in pendings:
+        pending._node.handed_out = True
+    _settle_recorded()
+
+
 def _settle_recorded() -> None:
     """Before memory is written to or handed out: what was recorded must read what is there now."""
     nodes = [node for node in list(recording.unsettled) if node.op is not None]
@@ -327,7 +334,7 @@ def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The op's results as pending predictions, or None when nothing it reads is unsettled or it leaves the device."""
     pendings = list(_pendings((args, kwargs)))
     waiting = [p for p in pendings if p._node.values is None]
-    if not waiting and func is aten._to_copy.default and recording.fuses:
+    if not waiting and func is aten._to_copy.default and recording.fuses and not pendings[0]._node.handed_out:
         waiting = pendings  # latents that a scheduler casts before its step: the cast becomes part of that
     if not waiting:
         return None

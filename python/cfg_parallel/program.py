@@ -21,6 +21,7 @@ import torch
 
 from cfg_parallel import extension
 from cfg_parallel.codec import flat_bytes
+from cfg_parallel.errors import CfgParallelError
 
 if TYPE_CHECKING:
     from cfg_parallel.transports.peer import Arrival
@@ -84,6 +85,10 @@ class Program:
         return any(instruction.op is Op.NORM for instruction in self.code)
 
 
+class LaunchError(CfgParallelError):
+    """The kernels cannot run a program, on these tensors. Nothing was launched."""
+
+
 def float32(value: float) -> float:
     """`value` as fp32 holds it; too large becomes inf."""
     return ctypes.c_float(value).value
@@ -125,14 +130,15 @@ def launch(
     With an `arrival`, the input that is None is its only tensor: the kernel waits for it, chunk by chunk, and copies it
     to `keep`, which is laid out alike, if that is given."""
     device = outputs[0].device
-    _native(program).launch(
-        [_address(tensor) for tensor in inputs],
-        [tensor.data_ptr() for tensor in outputs],
-        scalars,
-        device.index,
-        torch.cuda.current_stream(device).cuda_stream,
-        None if arrival is None else (list(inputs).index(None), arrival.offsets[0], _address(keep), arrival.wait),
-    )
+    peer = None
+    if arrival is not None:
+        peer = (list(inputs).index(None), arrival.offsets[0], _address(keep), arrival.wait)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    addresses = [_address(tensor) for tensor in inputs], [tensor.data_ptr() for tensor in outputs]
+    try:
+        _native(program).launch(*addresses, scalars, device.index, stream, peer)
+    except extension.load().Error as error:
+        raise LaunchError(str(error)) from error
     if arrival is not None:
         arrival.launched()
 

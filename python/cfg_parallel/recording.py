@@ -38,6 +38,7 @@ class Node:
         "borrow",
         "device",
         "force",
+        "handed_out",
         "kwargs",
         "leaf",
         "left_by",
@@ -45,6 +46,7 @@ class Node:
         "parts",
         "row_splits",
         "rows",
+        "settled_versions",
         "specs",
         "values",
         "versions",
@@ -68,10 +70,12 @@ class Node:
         self.versions = versions
         self.force = force
         self.values: Sequence[torch.Tensor] | None = None
+        self.settled_versions: Sequence[int] = ()  # of the values when they came
+        self.handed_out = False  # whether somebody may write to its memory unseen
         self.leaf: Node | None = None  # the call whose rows this node still has, one to one
         self.rows = 0
         self.row_splits: set[int] = set()  # into how many equal parts the rows of this call were taken apart
-        self.parts: Sequence[Sequence[torch.Tensor]] = ()  # the outputs of a batch that was split, part by part
+        self.parts: Sequence[Sequence[Any]] = ()  # the outputs of a batch that was split, part by part
         # Of a call: its output where another device writes it, for a kernel that waits for it there; None if it cannot.
         self.borrow: Callable[[], Any] | None = None
         self.left_by: Any = None  # the fused evaluation that did not need this node's value
@@ -85,6 +89,7 @@ class Node:
     def settle(self, values: Sequence[torch.Tensor]) -> None:
         """Note the values, and let go of what led here."""
         self.values = values
+        self.settled_versions = [-1 if value.is_inference() else value._version for value in values]
         self.args, self.kwargs, self.versions, self.force, self.leaf, self.left_by = (), {}, (), None, None, None
         self.borrow = None
         recording.unsettled.discard(self)
@@ -140,13 +145,23 @@ def run(node: Node) -> None:
 
 
 def check_versions(node: Node) -> None:
+    """Raise RecordingError when an operand of `node` is no longer what it was when the op was recorded."""
     for operand, version in node.versions:
         if operand._version != version:
-            raise RecordingError(
-                f"A tensor of shape {tuple(operand.shape)} was changed in place after `{node.op}` had read it "
-                "and before the prediction it was combined with arrived; write to a clone of it instead, or "
-                "call `disable_cfg_parallel(pipe)` for this pipeline."
-            )
+            _overwritten(node, operand)
+    for ref in node.operands():
+        if ref.node.values is not None:
+            value = ref.node.values[ref.index]
+            if not value.is_inference() and value._version != ref.node.settled_versions[ref.index]:
+                _overwritten(node, value)
+
+
+def _overwritten(node: Node, operand: torch.Tensor) -> None:
+    raise RecordingError(
+        f"A tensor of shape {tuple(operand.shape)} was changed in place after `{node.op}` had read it "
+        "and before the prediction it was combined with arrived; write to a clone of it instead, or "
+        "call `disable_cfg_parallel(pipe)` for this pipeline."
+    )
 
 
 def refs_in(obj: Any) -> Iterator[Ref]:
