@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results_file import markdown_table, merge_rows
-from benchmarks.timing import captured, differing, facts, gbps, node_count, replay_us, spread
+from benchmarks.timing import captured, differing, facts, gbps, node_count, replay_us, some_of, spread
 
 from cfg_parallel.errors import CfgParallelError
 from cfg_parallel.guidance import EulerStep, combine
@@ -300,16 +300,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-
-    def some_of(*known: str) -> Callable[[str], list[str]]:
-        def names(text: str) -> list[str]:
-            chosen = text.split(",")
-            for name in chosen:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, but got {name!r}")
-            return chosen
-
-        return names
 
     backends, dtypes = ("cuda", "triton", "torch"), ("bfloat16", "float16", "float32")
     parser.add_argument("--rules", type=some_of(*RULES), default=list(RULES))

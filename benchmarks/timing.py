@@ -1,7 +1,8 @@
-"""What the kernel benchmarks share: times of replayed CUDA graphs, wrong elements, facts about the machine."""
+"""What the kernel benchmarks share: replayed CUDA graphs, wrong elements, facts about the machine, arguments."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import statistics
@@ -71,3 +72,16 @@ def facts(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def some_of(*known: str) -> Callable[[str], list[str]]:
+    """An argparse type: names of `known`, with commas between them."""
+
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, but got {name!r}")
+        return chosen
+
+    return names

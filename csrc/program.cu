@@ -295,7 +295,7 @@ __device__ __forceinline__ void compute(const KernelArgs& args, std::int64_t fir
   }
 }
 
-__device__ __forceinline__ int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+__host__ __device__ constexpr std::int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Thread by thread kVec elements, then, where one dimension is left, what does not fill a vector one by one.
 template <typename Code, int kVec, typename Peer>
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kWaits) {
     PeerReader reader(peer.wait);
     const Arrived arrived{reader.slot() + peer.offset, peer.keep, peer.input};
-    const std::int64_t size = element_size(args.input_dtypes[peer.input]);
+    const std::int64_t size = size_of(args.input_dtypes[peer.input]);
     // Else a tile can read any part of the input.
     const bool in_order = args.num_dims == 1 && args.input_strides[peer.input][0] == 1;
     const auto element_of = [&](std::int64_t unit) { return unit < vecs ? unit * kVec : vecs * kVec + (unit - vecs); };
@@ -366,8 +366,6 @@ constexpr auto kStaticLaunchers = []<std::size_t... kIndex>(std::index_sequence<
 bool is_aligned(const void* pointer, std::int64_t alignment) {
   return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<std::uintptr_t>(alignment) == 0;
 }
-
-std::int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 Specialization describe(const StaticProgram& program) {
   constexpr const char* kTypes[] = {"float32", "float16", "bfloat16"};

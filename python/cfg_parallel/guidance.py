@@ -15,7 +15,7 @@ import torch
 from cfg_parallel import extension
 from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.fusion import Fusion
-from cfg_parallel.pending import PendingPrediction, pending_outputs
+from cfg_parallel.pending import PendingPrediction, outputs_of
 from cfg_parallel.program import executor, launch
 
 if TYPE_CHECKING:
@@ -540,8 +540,7 @@ def _combine_cuda(call: _Call, out: torch.Tensor) -> None:
 
 def _combine_recorded(call: _Call, fusion: Fusion, out: torch.Tensor) -> None:
     def pending(tensor: torch.Tensor) -> torch.Tensor:
-        spec = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        return pending_outputs(lambda: [tensor], [spec])[1][0]
+        return outputs_of([tensor])[1][0]
 
     with fusion.recording():
         step = None if call.step is None else EulerStep(pending(call.step.sample), call.step.dt)

@@ -82,7 +82,7 @@ class Step:
     on_device: bool
 
     def refs(self) -> Iterator[Ref]:
-        yield from refs_in(self.args)
+        return refs_in((self.args, self.kwargs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cfg_parallel.recording import Node, RecordingError, Ref, ancestors, recording, replay
+from cfg_parallel.recording import Node, RecordingError, Ref, ancestors, leaves, map_leaves, recording, replay
 
 __all__ = ["Node", "PendingPrediction", "RecordingError", "pending_outputs", "settle", "settle_all"]
 
@@ -219,10 +219,15 @@ def pending_outputs(
     return node, [PendingPrediction(node, i, *spec) for i, spec in enumerate(specs)]
 
 
+def outputs_of(values: Sequence[torch.Tensor]) -> tuple[Node, list[PendingPrediction]]:
+    """Values that are there, as the outputs of a call that nobody has asked for yet."""
+    specs = [(value.shape, value.stride(), value.dtype, value.device) for value in values]
+    return pending_outputs(lambda: values, specs)
+
+
 def settled_outputs(values: Sequence[torch.Tensor]) -> list[PendingPrediction]:
     """Values that are there, in the form of the outputs of a call."""
-    specs = [(value.shape, value.stride(), value.dtype, value.device) for value in values]
-    node, outputs = pending_outputs(lambda: values, specs)
+    node, outputs = outputs_of(values)
     replay([node])
     return outputs
 
@@ -271,24 +276,11 @@ def settle_all() -> None:
 
 
 def _pendings(obj: Any) -> Iterator[PendingPrediction]:
-    if isinstance(obj, PendingPrediction):
-        yield obj
-    elif isinstance(obj, (tuple, list)):
-        for item in obj:
-            yield from _pendings(item)
-    elif isinstance(obj, dict):
-        for item in obj.values():
-            yield from _pendings(item)
+    return (leaf for leaf in leaves(obj) if isinstance(leaf, PendingPrediction))
 
 
 def _unwrap(obj: Any) -> Any:
-    if isinstance(obj, PendingPrediction):
-        return settle(obj)
-    if isinstance(obj, (tuple, list)):
-        return type(obj)(_unwrap(item) for item in obj)
-    if isinstance(obj, dict):
-        return {key: _unwrap(value) for key, value in obj.items()}
-    return obj
+    return map_leaves(obj, settle)
 
 
 def _hand_out(*pendings: PendingPrediction) -> None:
@@ -408,18 +400,16 @@ def _copy_of_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _infer_metadata(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    def to_meta(obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor):
-            return torch.empty_strided(obj.shape, obj.stride(), dtype=obj.dtype, device="meta")
-        if isinstance(obj, Ref):
-            shape, stride, dtype = obj.spec
+    def to_meta(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+        if isinstance(leaf, Ref):
+            shape, stride, dtype = leaf.spec
             return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        if isinstance(obj, (tuple, list)):
-            return type(obj)(to_meta(item) for item in obj)
-        return obj
+        return leaf
 
-    kwargs = {name: to_meta(value) for name, value in kwargs.items() if name != "device"}
-    out = func(*to_meta(args), **kwargs)
+    kwargs = {name: map_leaves(value, to_meta) for name, value in kwargs.items() if name != "device"}
+    out = func(*map_leaves(args, to_meta), **kwargs)
     outs = out if isinstance(out, (tuple, list)) else [out]
     specs = [(tuple(o.shape), o.stride(), o.dtype) for o in outs]
     return (type(out) if isinstance(out, (tuple, list)) else None), specs

@@ -83,8 +83,7 @@ class Node:
 
     def operands(self) -> Iterator[Ref]:
         """What it reads of other nodes."""
-        yield from refs_in(self.args)
-        yield from refs_in(self.kwargs)
+        return refs_in((self.args, self.kwargs))
 
     def settle(self, values: Sequence[torch.Tensor]) -> None:
         """Note the values, and let go of what led here."""
@@ -140,7 +139,7 @@ def run(node: Node) -> None:
         return
     check_versions(node)
     with torch._C._DisableAutocast():  # its casts came before the op was recorded
-        out = node.op(*_values(node.args), **_values(node.kwargs))
+        out = node.op(*map_leaves(node.args, _value), **map_leaves(node.kwargs, _value))
     node.settle(list(out) if isinstance(out, (tuple, list)) else [out])
 
 
@@ -164,28 +163,37 @@ def _overwritten(node: Node, operand: torch.Tensor) -> None:
     )
 
 
-def refs_in(obj: Any) -> Iterator[Ref]:
-    """Every Ref in nested tuples, lists and dicts."""
-    if isinstance(obj, Ref):
-        yield obj
-    elif isinstance(obj, (tuple, list)):
+def leaves(obj: Any) -> Iterator[Any]:
+    """What is in nested tuples, lists and dicts."""
+    if isinstance(obj, (tuple, list)):
         for item in obj:
-            yield from refs_in(item)
+            yield from leaves(item)
     elif isinstance(obj, dict):
         for item in obj.values():
-            yield from refs_in(item)
+            yield from leaves(item)
+    else:
+        yield obj
 
 
-def _values(obj: Any) -> Any:
-    if isinstance(obj, Ref):
-        values = obj.node.values
-        assert values is not None
-        return values[obj.index]
+def map_leaves(obj: Any, fn: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dicts with `fn(leaf)` in the place of each leaf."""
     if isinstance(obj, (tuple, list)):
-        return type(obj)(_values(item) for item in obj)
+        return type(obj)(map_leaves(item, fn) for item in obj)
     if isinstance(obj, dict):
-        return {key: _values(value) for key, value in obj.items()}
-    return obj
+        return {key: map_leaves(value, fn) for key, value in obj.items()}
+    return fn(obj)
+
+
+def refs_in(obj: Any) -> Iterator[Ref]:
+    return (leaf for leaf in leaves(obj) if isinstance(leaf, Ref))
+
+
+def _value(leaf: Any) -> Any:
+    if not isinstance(leaf, Ref):
+        return leaf
+    values = leaf.node.values
+    assert values is not None
+    return values[leaf.index]
 
 
 class _Recording(threading.local):
