@@ -1,6 +1,7 @@
 // The kernels of the peer transport: push a piece into the peer's slot, copy a piece out of our own.
 #pragma once
 
+#include "peer.h"
 #include "peer_wait.cuh"
 
 namespace cfg_parallel {

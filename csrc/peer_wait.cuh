@@ -45,7 +45,7 @@
 #pragma once
 
 #include "memory_order.cuh"
-#include "peer.h"
+#include "peer_wait.h"
 
 namespace cfg_parallel {
 
