@@ -65,7 +65,8 @@ from benchmarks.results_file import markdown_table, merge_rows
 from benchmarks.timing import captured, differing, facts, gbps, replay_us, some_of, spread
 
 from cfg_parallel import extension
-from cfg_parallel.program import SCALAR, Instruction, Op, Operand, Program, launch
+from cfg_parallel.launch import launch
+from cfg_parallel.program import SCALAR, Instruction, Op, Operand, Program
 from cfg_parallel.transports.peer import PeerTransport
 
 RULES = ("cfg", "norm", "cfg_euler")
@@ -101,32 +102,25 @@ def guidance_program(rule: str, shape: tuple[int, ...], dtype: torch.dtype) -> P
     unconditional prediction, and last the conditional one."""
     strides = tuple(torch.empty(shape, device="meta").stride())
     tensor = Operand(dtype, strides)
-    rounds = dtype is not torch.float32
     code: list[Instruction] = []
     inputs: tuple[Operand, ...] = (tensor, tensor)
     if rule == "cfg_euler":
         inputs = (tensor, Operand(torch.float32, (0,) * len(shape)), *inputs)
-        if rounds:
-            code.append(Instruction(Op.ROUND, 1, 1, round=dtype))
-    n, p, free = len(inputs) - 2, len(inputs) - 1, len(inputs)
-    difference = free if rule == "norm" else p
-    code += [
-        Instruction(Op.SUB, difference, p, n, round=dtype),
-        Instruction(Op.MUL, difference, difference, SCALAR, round=dtype),
-        Instruction(Op.ADD, n, n, difference, round=dtype),
-    ]
+
+    def emit(op: Op, *operands: int, round: torch.dtype = dtype) -> int:
+        code.append(Instruction(op, *operands, round=round))
+        return len(inputs) + len(code) - 1
+
+    n, p = len(inputs) - 2, len(inputs) - 1
+    dt = emit(Op.ROUND, 1) if rule == "cfg_euler" and dtype is not torch.float32 else 1
+    value = emit(Op.ADD, n, emit(Op.MUL, emit(Op.SUB, p, n), SCALAR))
     if rule == "norm":
-        code += [
-            Instruction(Op.NORM, p, p, round=dtype),
-            Instruction(Op.NORM, free, n, round=dtype),
-            Instruction(Op.DIV, p, p, free, round=dtype),
-            Instruction(Op.MUL, n, n, p, round=dtype),
-        ]
+        value = emit(Op.MUL, value, emit(Op.DIV, emit(Op.NORM, p), emit(Op.NORM, value)))
     if rule == "cfg_euler":
-        code += [Instruction(Op.MUL, 1, 1, n, round=dtype), Instruction(Op.ADD, 0, 0, 1)]
-        if rounds:
-            code.append(Instruction(Op.ROUND, 0, 0, round=dtype))
-    return Program(shape, inputs, (tensor,), tuple(code), (0 if rule == "cfg_euler" else n,))
+        value = emit(Op.ADD, 0, emit(Op.MUL, dt, value), round=torch.float32)
+        if dtype is not torch.float32:
+            value = emit(Op.ROUND, value)
+    return Program(shape, inputs, (tensor,), tuple(code), (value,))
 
 
 def eager(

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "check.h"
-#include "device_guard.h"
+#include "kernel_headers.h"
 #include "nccl.h"
 #include "peer.h"
 #include "program.h"
@@ -90,62 +90,26 @@ int cuda_device_count() {
   return count;
 }
 
-// As program.py holds them: (op, dst, a, b, c, round).
-using PyInstruction = std::array<int, 6>;
-using PyOperand = std::pair<int, std::vector<std::int64_t>>;
+// (input, offset in the slot, bytes, where to keep a copy, wait): see ArrivingInput.
+using PyArrivingInput = std::tuple<int, std::int64_t, std::int64_t, std::uintptr_t, PeerWait>;
+using PyVariant = std::tuple<int, int, int>;  // device, width, arriving
 
-std::vector<Operand> to_operands(const std::vector<PyOperand>& pairs) {
-  std::vector<Operand> operands;
-  for (const auto& [dtype, strides] : pairs) operands.push_back({static_cast<DType>(dtype), strides});
-  return operands;
-}
-
-std::unique_ptr<Program> make_program(std::vector<std::int64_t> shape, const std::vector<PyOperand>& inputs,
-                                      const std::vector<PyOperand>& outputs, const std::vector<PyInstruction>& code,
-                                      std::vector<std::uint8_t> stores) {
-  std::vector<Instruction> instructions;
-  const auto byte = [](int value) { return static_cast<std::uint8_t>(value); };
-  for (const auto& [op, dst, a, b, c, round] : code) {
-    instructions.push_back({static_cast<Op>(op), byte(dst), byte(a), byte(b), byte(c), static_cast<DType>(round)});
-  }
-  return std::make_unique<Program>(std::move(shape), to_operands(inputs), to_operands(outputs), std::move(instructions),
-                                   std::move(stores));
-}
-
-// (input, offset in the slot, where to keep a copy, wait): see PeerInput.
-using PyPeerInput = std::tuple<int, std::int64_t, std::uintptr_t, PeerWait>;
-
-void launch_program(const Program& program, const std::vector<std::uintptr_t>& inputs,
-                    const std::vector<std::uintptr_t>& outputs, const std::vector<float>& scalars, int device,
-                    std::uintptr_t stream, const std::optional<PyPeerInput>& peer) {
-  std::vector<const void*> in;
-  std::vector<void*> out;
-  for (const std::uintptr_t pointer : inputs) in.push_back(reinterpret_cast<const void*>(pointer));
-  for (const std::uintptr_t pointer : outputs) out.push_back(reinterpret_cast<void*>(pointer));
-  const DeviceGuard guard(device);
-  std::optional<PeerInput> arriving;
+std::optional<PyVariant> launch_program(const Program& program, const std::vector<std::uintptr_t>& inputs,
+                                        const std::vector<std::uintptr_t>& outputs, const std::vector<float>& scalars,
+                                        int device, std::uintptr_t stream, const std::optional<PyArrivingInput>& peer) {
+  int input = -1;
+  ArrivingInput arriving{};
   if (peer) {
-    const auto& [input, offset, keep, wait] = *peer;
-    arriving = {.input = input, .offset = offset, .keep = reinterpret_cast<void*>(keep), .wait = wait};
+    input = std::get<0>(*peer);
+    arriving = {.wait = std::get<4>(*peer),
+                .offset = std::get<1>(*peer),
+                .bytes = std::get<2>(*peer),
+                .keep = reinterpret_cast<void*>(std::get<3>(*peer))};
   }
-  program.launch(in, out, scalars, arriving ? &*arriving : nullptr, reinterpret_cast<cudaStream_t>(stream));
-}
-
-py::list list_specializations() {
-  py::list all;
-  for (const Specialization& known : specializations()) {
-    py::list code;
-    for (const Instruction& i : known.code) {
-      code.append(py::make_tuple(static_cast<int>(i.op), i.dst, i.a, i.b, i.c, static_cast<int>(i.round)));
-    }
-    const auto dtypes = [](const std::vector<DType>& values) {
-      py::list list;
-      for (const DType value : values) list.append(static_cast<int>(value));
-      return list;
-    };
-    all.append(py::make_tuple(known.name, dtypes(known.inputs), dtypes(known.outputs), code, known.stores));
-  }
-  return all;
+  const std::optional<Variant> missing = program.launch(
+      inputs, outputs, scalars, device, input, peer ? &arriving : nullptr, reinterpret_cast<cudaStream_t>(stream));
+  if (!missing) return std::nullopt;
+  return PyVariant{missing->device, missing->width, missing->arriving};
 }
 
 }  // namespace
@@ -159,13 +123,28 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What the module was built with.");
   m.def("cuda_device_count", &cuda_device_count, "Number of visible CUDA devices; 0 without a GPU or driver.");
 
+  m.def(
+      "kernel_headers", [] { return kKernelHeaders; },
+      "What the source of a program's kernel includes: the text of each header by its name.");
+  py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel")
+      .def(py::init([](const py::bytes& image, const std::string& name, int device) {
+             return std::make_shared<Kernel>(std::string(image), name, device);
+           }),
+           py::arg("image"), py::arg("name"), py::arg("device"));
   py::class_<Program>(m, "Program")
-      .def(py::init(&make_program), py::arg("shape"), py::arg("inputs"), py::arg("outputs"), py::arg("code"),
-           py::arg("stores"))
+      .def(py::init<const std::vector<std::int64_t>&, const std::vector<std::vector<std::int64_t>>&, int, int, int,
+                    std::vector<int>>(),
+           py::arg("sizes"), py::arg("strides"), py::arg("num_inputs"), py::arg("num_scalars"), py::arg("width"),
+           py::arg("alignments"))
       .def("launch", &launch_program, py::arg("inputs"), py::arg("outputs"), py::arg("scalars"), py::arg("device"),
            py::arg("stream"), py::arg("peer") = py::none(), release_gil)
-      .def_property_readonly("specialization", &Program::specialization);
-  m.def("specializations", &list_specializations);
+      .def(
+          "add",
+          [](Program& self, const PyVariant& variant, std::shared_ptr<Kernel> kernel) {
+            const auto& [device, width, arriving] = variant;
+            self.add({.device = device, .width = width, .arriving = arriving}, std::move(kernel));
+          },
+          py::arg("variant"), py::arg("kernel"));
 
   m.def("nccl_version", &nccl_version, "NCCL's version as one number: 22809 for 2.28.9.");
   m.def(

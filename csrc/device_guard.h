@@ -2,10 +2,7 @@
 // but the current context of a thread is shared.
 #pragma once
 
-#include <cuda.h>
-#include <dlfcn.h>
-
-#include "check.h"
+#include "driver.h"
 
 namespace cfg_parallel {
 
@@ -14,9 +11,8 @@ namespace cfg_parallel {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    const Driver& calls = driver();
     // It fails only before cuInit, when nothing is current yet.
-    if (calls.get_current(&previous_) != CUDA_SUCCESS) previous_ = nullptr;
+    if (driver().get_current(&previous_) != CUDA_SUCCESS) previous_ = nullptr;
     check(cudaSetDevice(device));
   }
   ~DeviceGuard() {
@@ -27,22 +23,6 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  struct Driver {
-    CUresult (*get_current)(CUcontext*);
-    CUresult (*set_current)(CUcontext);
-  };
-
-  static const Driver& driver() {
-    // By dlsym: a link to libcuda would keep the module from loading where there is no driver.
-    static const Driver calls = [] {
-      void* library = dlopen("libcuda.so.1", RTLD_NOW);
-      if (library == nullptr) throw Error("libcuda.so.1 was not found: no NVIDIA driver is installed");
-      return Driver{reinterpret_cast<decltype(Driver::get_current)>(dlsym(library, "cuCtxGetCurrent")),
-                    reinterpret_cast<decltype(Driver::set_current)>(dlsym(library, "cuCtxSetCurrent"))};
-    }();
-    return calls;
-  }
-
   CUcontext previous_ = nullptr;
 };
 

@@ -109,11 +109,17 @@ struct PeerEndpoint::State {
   PeerCredit credit() const {
     return {.limits = limits(&host->push_failure), .counter = &control()->pushed, .consumed = &control()->consumed};
   }
-  // At most `per_sm` blocks for each SM, and one chunk for each block at least.
-  unsigned grid(const PeerTable& table, int per_sm) const {
-    const std::int64_t chunks = (table.bytes + chunk_bytes - 1) / chunk_bytes;
-    return static_cast<unsigned>(std::min<std::int64_t>(chunks, static_cast<std::int64_t>(per_sm) * num_sms));
+  // At most `per_sm` blocks for each SM, and at least a tile for each block: the smallest tiles that are not more than
+  // the blocks, up to kPeerTileBytes.
+  int tile_shift(const PeerTable& table, int per_sm) const {
+    int shift = chunk_shift();
+    while ((std::int64_t{1} << shift) < kPeerTileBytes && tiles(table, shift) > std::int64_t{per_sm} * num_sms) ++shift;
+    return shift;
   }
+  unsigned grid(const PeerTable& table, int shift, int per_sm) const {
+    return static_cast<unsigned>(std::min(tiles(table, shift), std::int64_t{per_sm} * num_sms));
+  }
+  static std::int64_t tiles(const PeerTable& table, int shift) { return ((table.bytes - 1) >> shift) + 1; }
   void require_connected(const std::source_location& where = std::source_location::current()) const {
     if (block == nullptr) throw Error("this peer endpoint was closed", where);
     if (peer == nullptr) throw Error("this peer endpoint is not connected", where);
@@ -234,17 +240,22 @@ void PeerEndpoint::push(const std::vector<PeerSegment>& segments, cudaStream_t s
                 .slots = state.peer + state.slots_offset(),
                 .slot_bytes = state.slot_bytes,
                 .chunk_shift = state.chunk_shift(),
+                .tile_shift = 0,
                 .table = to_table(segments, state.slot_bytes)};
+  push.tile_shift = state.tile_shift(push.table, state.push_blocks_per_sm);
+  const unsigned blocks = state.grid(push.table, push.tile_shift, state.push_blocks_per_sm);
   const DeviceGuard guard(state.device);
-  peer_push_kernel<<<state.grid(push.table, state.push_blocks_per_sm), kPeerThreads, 0, stream>>>(push);
+  peer_push_kernel<<<blocks, kPeerThreads, 0, stream>>>(push);
   check(cudaGetLastError());
 }
 
 void PeerEndpoint::pull(const std::vector<PeerSegment>& segments, cudaStream_t stream) {
   const State& state = *state_;
-  const PeerPull pull{.wait = wait(), .table = to_table(segments, state.slot_bytes)};
+  PeerPull pull{.wait = wait(), .tile_shift = 0, .table = to_table(segments, state.slot_bytes)};
+  pull.tile_shift = state.tile_shift(pull.table, kPeerBlocksPerSm);
+  const unsigned blocks = state.grid(pull.table, pull.tile_shift, kPeerBlocksPerSm);
   const DeviceGuard guard(state.device);
-  peer_pull_kernel<<<state.grid(pull.table, kPeerBlocksPerSm), kPeerThreads, 0, stream>>>(pull);
+  peer_pull_kernel<<<blocks, kPeerThreads, 0, stream>>>(pull);
   check(cudaGetLastError());
 }
 

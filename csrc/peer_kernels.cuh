@@ -10,12 +10,17 @@ constexpr int kPeerThreads = 256;
 // 16-byte loads that a thread has in flight: 16 KiB for a block. NVLink's 390 GB/s over some 1 us from HBM to the
 // peer's L2 ask for 400 KB in flight on the whole GPU.
 constexpr int kPeerUnroll = 4;
+// A block copies a tile at a time: one chunk, or several where there are more chunks than blocks, because the fence
+// ahead of the flags takes as long as some KiB on the link. At most this many bytes, so that the receiver gets to work
+// while the rest is on its way.
+constexpr std::int64_t kPeerTileBytes = 16 << 10;
 
-// By value, in the constant bank.
+// By value, in the constant bank. What every message needs comes first: a block waits for each line that it reads
+// there.
 struct PeerTable {
-  PeerSegment segments[kPeerMaxSegments];  // by offset
-  int count;
   std::int64_t bytes;  // of the piece: the end of the last segment
+  int count;
+  PeerSegment segments[kPeerMaxSegments];  // by offset
 };
 
 struct PeerCredit {
@@ -30,11 +35,13 @@ struct PeerPush {
   char* slots;           // the peer's GPU
   std::int64_t slot_bytes;
   int chunk_shift;
+  int tile_shift;  // not below chunk_shift
   PeerTable table;
 };
 
 struct PeerPull {
   PeerWait wait;
+  int tile_shift;
   PeerTable table;
 };
 
@@ -82,33 +89,74 @@ __device__ __forceinline__ void peer_store(char* address, const uint4& value) {
   }
 }
 
-// By a whole block.
-template <int kFromWidth, int kToWidth>
-__device__ __forceinline__ void peer_copy(char* to, const char* from, int bytes) {
-  const int vecs = bytes / 16;
-  const int threads = static_cast<int>(blockDim.x);
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int first = thread; first < vecs; first += kPeerUnroll * threads) {
-    uint4 held[kPeerUnroll];
+// What a thread has of kPeerUnroll rounds of the block, in 16 bytes each, from number `first` on.
+using PeerHeld = uint4[kPeerUnroll];
+
+template <int kWidth>
+__device__ __forceinline__ void peer_load_all(PeerHeld& held, const char* from, int first, int vecs) {
 #pragma unroll
-    for (int u = 0; u < kPeerUnroll; ++u) {
-      const int i = first + u * threads;
-      if (i < vecs) held[u] = peer_load<kFromWidth>(from + 16 * i);
-    }
-#pragma unroll
-    for (int u = 0; u < kPeerUnroll; ++u) {
-      const int i = first + u * threads;
-      if (i < vecs) peer_store<kToWidth>(to + 16 * i, held[u]);
-    }
+  for (int u = 0; u < kPeerUnroll; ++u) {
+    const int i = first + static_cast<int>(u * blockDim.x + threadIdx.x);
+    if (i < vecs) held[u] = peer_load<kWidth>(from + 16 * i);
   }
-  for (int i = 16 * vecs + thread; i < bytes; i += threads) to[i] = from[i];
+}
+
+template <int kWidth>
+__device__ __forceinline__ void peer_store_all(char* to, const PeerHeld& held, int first, int vecs) {
+#pragma unroll
+  for (int u = 0; u < kPeerUnroll; ++u) {
+    const int i = first + static_cast<int>(u * blockDim.x + threadIdx.x);
+    if (i < vecs) peer_store<kWidth>(to + 16 * i, held[u]);
+  }
 }
 
 enum class PeerDirection { kIntoSlot, kOutOfSlot };
 
+// Between `data` and the slot's bytes from `offset` on, a multiple of 16, by a whole block. `get_slot` is called by all
+// of its threads, when they need it: behind the first loads, where these are from `data`. Nothing is stored when it is
+// null.
+template <PeerDirection kDirection, typename GetSlot>
+__device__ __forceinline__ void peer_copy(char* data, GetSlot& get_slot, std::int64_t offset, int bytes) {
+  constexpr bool kInto = kDirection == PeerDirection::kIntoSlot;
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  const int width = address % 16 == 0 ? 16 : address % 4 == 0 ? 4 : 1;
+  const int vecs = bytes / 16;
+  int first = 0;
+  char* slot;
+  do {
+    PeerHeld held;
+    if constexpr (kInto) {
+      if (width == 16) {
+        peer_load_all<16>(held, data, first, vecs);
+      } else if (width == 4) {
+        peer_load_all<4>(held, data, first, vecs);
+      } else {
+        peer_load_all<1>(held, data, first, vecs);
+      }
+      slot = get_slot();
+      if (slot == nullptr) return;
+      peer_store_all<16>(slot + offset, held, first, vecs);
+    } else {
+      slot = get_slot();
+      peer_load_all<16>(held, slot + offset, first, vecs);
+      if (width == 16) {
+        peer_store_all<16>(data, held, first, vecs);
+      } else if (width == 4) {
+        peer_store_all<4>(data, held, first, vecs);
+      } else {
+        peer_store_all<1>(data, held, first, vecs);
+      }
+    }
+    first += kPeerUnroll * static_cast<int>(blockDim.x);
+  } while (first < vecs);
+  char* to = kInto ? slot + offset : data;
+  const char* from = kInto ? data : slot + offset;
+  for (int i = 16 * vecs + static_cast<int>(threadIdx.x); i < bytes; i += static_cast<int>(blockDim.x)) to[i] = from[i];
+}
+
 // What lies in bytes [begin, end) of the piece, by a whole block.
-template <PeerDirection kDirection>
-__device__ inline void peer_copy_chunk(const PeerTable& table, char* slot, std::int64_t begin, std::int64_t end) {
+template <PeerDirection kDirection, typename GetSlot>
+__device__ inline void peer_copy_tile(const PeerTable& table, GetSlot get_slot, std::int64_t begin, std::int64_t end) {
   int low = 0;  // the first segment that ends after `begin`
   for (int high = table.count; low < high;) {
     const int middle = (low + high) / 2;
@@ -121,29 +169,10 @@ __device__ inline void peer_copy_chunk(const PeerTable& table, char* slot, std::
   }
   for (int i = low; i < table.count && table.segments[i].offset < end; ++i) {
     const PeerSegment& segment = table.segments[i];
-    const std::int64_t from = max(begin, segment.offset);
+    const std::int64_t from = max(begin, segment.offset);  // offsets and tiles are multiples of 16
     const std::int64_t to = min(end, segment.offset + segment.bytes);
-    const int bytes = static_cast<int>(to - from);
     char* data = static_cast<char*>(segment.data) + (from - segment.offset);
-    char* inside = slot + from;  // 16-byte aligned: offsets and chunks are
-    const auto address = reinterpret_cast<std::uintptr_t>(data);
-    if constexpr (kDirection == PeerDirection::kIntoSlot) {
-      if (address % 16 == 0) {
-        peer_copy<16, 16>(inside, data, bytes);
-      } else if (address % 4 == 0) {
-        peer_copy<4, 16>(inside, data, bytes);
-      } else {
-        peer_copy<1, 16>(inside, data, bytes);
-      }
-    } else {
-      if (address % 16 == 0) {
-        peer_copy<16, 16>(data, inside, bytes);
-      } else if (address % 4 == 0) {
-        peer_copy<16, 4>(data, inside, bytes);
-      } else {
-        peer_copy<16, 1>(data, inside, bytes);
-      }
-    }
+    peer_copy<kDirection>(data, get_slot, from, static_cast<int>(to - from));
   }
 }
 
@@ -162,33 +191,59 @@ __global__ void peer_gate_kernel(const __grid_constant__ PeerCredit credit) {
   peer_has_credit(credit, ld_relaxed_gpu(&credit.counter->epoch) + 1);
 }
 
+// The slot of the next piece, for a whole block: equal for all of its threads. The first call waits until the slot may
+// be overwritten. What a block loads ahead of that call is on its way meanwhile, and while the counter is read.
+class PeerPushSlot {
+ public:
+  __device__ explicit PeerPushSlot(const PeerPush& push) : push_(push) {}
+
+  // Null when the slot must not be overwritten.
+  __device__ __forceinline__ char* get() {
+    if (epoch_ == 0) {
+      epoch_ = ld_relaxed_gpu(&push_.credit.counter->epoch) + 1;
+      const bool stop = threadIdx.x == 0 && !peer_has_credit(push_.credit, epoch_);
+      if (__syncthreads_or(stop) == 0) slot_ = push_.slots + index() * push_.slot_bytes;
+    }
+    return slot_;
+  }
+  // From here on after `get`.
+  __device__ std::uint64_t epoch() const { return epoch_; }
+  __device__ std::uint64_t* flags() const { return push_.flags + index() * (push_.slot_bytes >> push_.chunk_shift); }
+
+ private:
+  __device__ int index() const { return static_cast<int>(epoch_ % kPeerSlots); }
+
+  const PeerPush& push_;
+  std::uint64_t epoch_ = 0;
+  char* slot_ = nullptr;
+};
+
+// Every block has a tile at least, so that each of them reads the counter.
 __global__ void __launch_bounds__(kPeerThreads) peer_push_kernel(const __grid_constant__ PeerPush push) {
-  const std::uint64_t epoch = ld_relaxed_gpu(&push.credit.counter->epoch) + 1;
-  const int index = static_cast<int>(epoch % kPeerSlots);
-  const bool stop = threadIdx.x == 0 && !peer_has_credit(push.credit, epoch);
-  if (__syncthreads_or(stop) == 0) {
-    char* slot = push.slots + index * push.slot_bytes;
-    std::uint64_t* flags = push.flags + index * (push.slot_bytes >> push.chunk_shift);
-    for (std::int64_t chunk = blockIdx.x; (chunk << push.chunk_shift) < push.table.bytes; chunk += gridDim.x) {
-      const std::int64_t begin = chunk << push.chunk_shift;
-      const std::int64_t end = min(begin + (std::int64_t{1} << push.chunk_shift), push.table.bytes);
-      peer_copy_chunk<PeerDirection::kIntoSlot>(push.table, slot, begin, end);
-      __syncthreads();
-      if (threadIdx.x == 0) st_release_sys(flags + chunk, epoch);
+  PeerPushSlot slot(push);
+  for (std::int64_t tile = blockIdx.x; (tile << push.tile_shift) < push.table.bytes; tile += gridDim.x) {
+    const std::int64_t begin = tile << push.tile_shift;
+    const std::int64_t end = min(begin + (std::int64_t{1} << push.tile_shift), push.table.bytes);
+    peer_copy_tile<PeerDirection::kIntoSlot>(push.table, [&] { return slot.get(); }, begin, end);
+    if (slot.get() == nullptr) break;
+    __syncthreads();
+    for (std::int64_t chunk = (begin >> push.chunk_shift) + threadIdx.x; (chunk << push.chunk_shift) < end;
+         chunk += blockDim.x) {
+      st_release_sys(slot.flags() + chunk, slot.epoch());
     }
   }
-  if (threadIdx.x == 0) peer_last_block(push.credit.counter, epoch);
+  if (threadIdx.x == 0 && peer_is_last_block(push.credit.counter)) peer_move_on(push.credit.counter, slot.epoch());
 }
 
 __global__ void __launch_bounds__(kPeerThreads) peer_pull_kernel(const __grid_constant__ PeerPull pull) {
   const PeerReader reader(pull.wait);
-  const int shift = pull.wait.chunk_shift;
-  for (std::int64_t chunk = blockIdx.x; (chunk << shift) < pull.table.bytes; chunk += gridDim.x) {
-    const std::int64_t begin = chunk << shift;
-    const std::int64_t end = min(begin + (std::int64_t{1} << shift), pull.table.bytes);
+  // The slot is only read in this direction.
+  const auto slot = [&] { return const_cast<char*>(reader.slot()); };
+  for (std::int64_t tile = blockIdx.x; (tile << pull.tile_shift) < pull.table.bytes; tile += gridDim.x) {
+    const std::int64_t begin = tile << pull.tile_shift;
+    const std::int64_t end = min(begin + (std::int64_t{1} << pull.tile_shift), pull.table.bytes);
     if (!reader.arrived(begin, end)) break;
-    // The slot is only read in this direction.
-    peer_copy_chunk<PeerDirection::kOutOfSlot>(pull.table, const_cast<char*>(reader.slot()), begin, end);
+    peer_copy_tile<PeerDirection::kOutOfSlot>(pull.table, slot, begin, end);
   }
   reader.acknowledge();
 }

@@ -27,10 +27,11 @@
 //
 // Data. The sender's threads store a chunk (weak stores to the receiver's memory), meet at a barrier, and one of them
 // does st.release.sys on the chunk's flag. A thread of the receiver's block reads the flag by ld.acquire.sys, and the
-// block meets at a barrier. Barriers synchronise the threads of a block and release and acquire are cumulative, so each
-// store happens before each load that follows `arrived`, and a load cannot give an older value. In hardware the release
-// waits until the stores before it are performed at the receiver's L2, where all of its SMs look, and the acquire drops
-// the lines of its own SM's L1, which is the L1 of all threads of the block.
+// block meets at a barrier; or the thread that loads reads the flag so itself. Barriers synchronise the threads of a
+// block and release and acquire are cumulative, so each store happens before each load that follows `arrived`, and a
+// load cannot give an older value. In hardware the release waits until the stores before it are performed at the
+// receiver's L2, where all of its SMs look, and the acquire drops the lines of its own SM's L1, which is the L1 of all
+// threads of the block.
 //
 // Reuse. The receiver's loads come before the barrier in `acknowledge`, that before the block's acq_rel count, the
 // counts before the last block's, and that before its st.release.sys of `consumed`. The sender reads `consumed` by
@@ -40,8 +41,9 @@
 // Flags. A flag word holds an epoch of its own slot, or 0. While the receiver waits for epoch e, the flags of that slot
 // are those of epochs up to e: e + 2 is not pushed before e is consumed. So "equal to e" is "has landed".
 //
-// Counters. Every thread reads its counter's epoch when the kernel starts; the last block to be done moves it on, when
-// all have read it. The next kernel of that direction comes later in stream order, which makes the new value visible.
+// Counters. Every thread reads its counter's epoch before its block counts itself as done; the last block moves it on,
+// when all have read it. The next kernel of that direction comes later in stream order, which makes the new value
+// visible.
 #pragma once
 
 #include "memory_order.cuh"
@@ -81,12 +83,15 @@ __device__ inline bool peer_wait_until(const PeerLimits& limits, Ready ready) {
   return true;
 }
 
-// By one thread of each block, when the block has read the counter: true for the last block, which moves it on.
-__device__ inline bool peer_last_block(PeerCounter* counter, std::uint64_t epoch) {
-  if (atom_add_acq_rel_gpu(&counter->blocks_done, 1) + 1 != gridDim.x) return false;
+// By one thread of each block, when the block has read the counter: true for the last of them.
+__device__ inline bool peer_is_last_block(PeerCounter* counter) {
+  return gridDim.x == 1 || atom_add_acq_rel_gpu(&counter->blocks_done, 1) + 1 == gridDim.x;
+}
+
+// By the last block.
+__device__ inline void peer_move_on(PeerCounter* counter, std::uint64_t epoch) {
   st_relaxed_gpu(&counter->blocks_done, 0);
   st_relaxed_gpu(&counter->epoch, epoch);
-  return true;
 }
 
 class PeerReader {
@@ -108,10 +113,19 @@ class PeerReader {
     return __syncthreads_or(missing) == 0;
   }
 
+  // The same for the chunk that holds byte `byte`, by one thread for itself: what it loads afterwards is in order.
+  __device__ bool landed(std::int64_t byte) const {
+    const std::uint64_t* flag =
+        wait_.flags + index_ * (wait_.slot_bytes >> wait_.chunk_shift) + (byte >> wait_.chunk_shift);
+    return peer_wait_until(wait_.limits, [&] { return ld_acquire_sys(flag) == epoch_; });
+  }
+
   // The piece has been read, or given up.
   __device__ void acknowledge() const {
     __syncthreads();
-    if (threadIdx.x == 0 && peer_last_block(wait_.counter, epoch_)) st_release_sys(wait_.consumed, epoch_);
+    if (threadIdx.x != 0 || !peer_is_last_block(wait_.counter)) return;
+    st_release_sys(wait_.consumed, epoch_);
+    peer_move_on(wait_.counter, epoch_);  // behind the release, which need not wait for it
   }
 
  private:

@@ -1,87 +1,67 @@
 // Programs: straight-line elementwise arithmetic in one launch, whatever its length. python/cfg_parallel/program.py
-// says what a program means; the two enums and the limits are the same there.
+// says what a program means, codegen.py writes its kernel, and what is here launches it.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "peer.h"
+#include "program_args.h"
 
 namespace cfg_parallel {
 
-enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// A compiled kernel on one device, for as long as the process lives.
+class Kernel {
+ public:
+  Kernel(const std::string& image, const std::string& name, int device);
+  CUfunction function() const { return function_; }
 
-enum class Op : std::uint8_t { kAdd, kSub, kMul, kDiv, kFma, kNeg, kAbs, kSqrt, kClamp, kRound, kNorm };
-
-constexpr int kMaxInputs = 12;
-constexpr int kMaxOutputs = 4;
-constexpr int kMaxInstructions = 64;
-constexpr int kMaxScalars = 32;
-constexpr int kMaxDims = 6;  // after neighbours that lie in memory as one have been merged
-constexpr int kRegisters = 20;
-constexpr std::uint8_t kScalar = 0x80;  // an operand of kScalar + k is scalar k; a smaller one is a register
-
-struct Instruction {
-  Op op;
-  std::uint8_t dst;
-  std::uint8_t a, b, c;
-  DType round;  // what the result is rounded to before the next instruction sees it
-
-  bool operator==(const Instruction&) const = default;
+ private:
+  CUfunction function_ = nullptr;
 };
 
-// How one tensor is walked through; strides are in elements, the last dimension first.
-struct Operand {
-  DType dtype;
-  std::vector<std::int64_t> strides;
-};
+// Which kernel of a program a launch needs.
+struct Variant {
+  int device;
+  int width;     // elements that a thread takes at once
+  int arriving;  // the input that it waits for; -1 for none
 
-// Input `input` lies `offset` bytes into the next piece that a peer pushes, or has pushed. It is copied to `keep`, laid
-// out alike, unless that is null: the piece's place is used again.
-struct PeerInput {
-  int input;
-  std::int64_t offset;
-  void* keep;
-  PeerWait wait;
+  auto operator<=>(const Variant&) const = default;
 };
 
 // A program for tensors of one shape and layout: what does not change from launch to launch.
 class Program {
  public:
-  // Dimensions as PyTorch orders them, the last one fastest. Raises Error for what is over the limits.
-  Program(std::vector<std::int64_t> shape, std::vector<Operand> inputs, std::vector<Operand> outputs,
-          std::vector<Instruction> code, std::vector<std::uint8_t> stores);
+  // `sizes` of the merged dimensions, the fastest first; `strides` of each input and then of each output, in elements;
+  // `width`: of vectors, for addresses that are multiples of `alignments` (inputs, then outputs).
+  Program(const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides, int num_inputs,
+          int num_scalars, int width, std::vector<int> alignments);
 
-  // Enqueue on `stream` of the current device. An output may be the memory of an input, if both have the same layout.
-  void launch(const std::vector<const void*>& inputs, const std::vector<void*>& outputs,
-              const std::vector<float>& scalars, const PeerInput* peer, cudaStream_t stream) const;
-
-  // The kernel compiled for exactly this code, such as "cfg bfloat16"; empty when the general kernel runs it.
-  std::string specialization() const;
+  // Enqueue on `stream`. An output may be the memory of an input, if both have the same layout. Without the kernel that
+  // this needs nothing is done, and which one is returned. `input` is the arriving one's number.
+  std::optional<Variant> launch(const std::vector<std::uintptr_t>& inputs, const std::vector<std::uintptr_t>& outputs,
+                                const std::vector<float>& scalars, int device, int input, const ArrivingInput* arriving,
+                                cudaStream_t stream) const;
+  void add(const Variant& variant, std::shared_ptr<Kernel> kernel);
 
  private:
-  void merge_dimensions();
-  bool vectorizes(int vec, const std::vector<const void*>& inputs, const std::vector<void*>& outputs,
-                  const PeerInput* peer) const;
+  std::shared_ptr<Kernel> find(const Variant& variant) const;
 
-  std::vector<std::int64_t> shape_;  // the last dimension first
-  std::vector<Operand> inputs_, outputs_;
-  std::vector<Instruction> code_;
-  std::vector<std::uint8_t> stores_;
-  int lanes_ = 0;  // neighbouring threads that hold a row of a norm; 0 when there is none
-  int specialization_ = -1;
+  int num_inputs_, num_outputs_, num_scalars_;
+  std::int64_t numel_;
+  int width_;
+  std::vector<int> alignments_;
+  std::vector<std::uint64_t> args_;  // ProgramArgs, without addresses and scalars
+  mutable std::mutex mutex_;
+  std::map<Variant, std::shared_ptr<Kernel>> kernels_;
 };
-
-// The programs that have a kernel of their own: name, input dtypes, output dtypes, code, stores.
-struct Specialization {
-  std::string name;
-  std::vector<DType> inputs, outputs;
-  std::vector<Instruction> code;
-  std::vector<std::uint8_t> stores;
-};
-std::vector<Specialization> specializations();
 
 }  // namespace cfg_parallel

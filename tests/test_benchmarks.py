@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_program
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -134,14 +135,14 @@ def test_programs_are_the_rules(rule: str, dtype: torch.dtype) -> None:
     assert torch.equal(result, expected)
 
 
-@pytest.mark.skipif(extension.missing_reason() is not None, reason="needs the compiled module")
-def test_programs_have_kernels_of_their_own() -> None:
-    for rule, dtype in product(bench_peer_combine.RULES, DTYPES):
-        program = bench_peer_combine.guidance_program(rule, (3, 64), dtype)
-        operands = [[(DTYPES.index(o.dtype), o.strides) for o in side] for side in (program.inputs, program.outputs)]
-        code = [(i.op, i.dst, i.a, i.b, i.c, DTYPES.index(i.round)) for i in program.code]
-        native = extension.load().Program(program.shape, *operands, code, program.stores)
-        assert native.specialization == f"{rule} {str(dtype).removeprefix('torch.')}"
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", bench_peer_combine.RULES)
+def test_programs_are_those_of_pipelines(rule: str, dtype: torch.dtype) -> None:
+    program = bench_peer_combine.guidance_program(rule, (2, 3, 64), dtype)
+    branches, fn = test_program.RULES[rule]
+    (lowered,) = test_program.traced(fn, [dtype] * branches, True)
+    assert (program.code, program.stores) == (lowered.code, lowered.stores)
+    assert [o.dtype for o in program.inputs] == [o.dtype for o in lowered.inputs]
 
 
 # Both sides of the exchange, with queues for NVLink.

@@ -1,4 +1,4 @@
-"""Programs: the kernels against PyTorch, and the specializations against what the lowering makes of their rules."""
+"""Programs: what rules become, and the kernels against their reference."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from cfg_parallel import extension
+from cfg_parallel import codegen, extension
 from cfg_parallel.fusion import Fusion, Plan
+from cfg_parallel.launch import launch
 from cfg_parallel.pending import pending_outputs, settle
 from cfg_parallel.program import (
     DTYPES,
     MAX_INPUTS,
     MAX_OUTPUTS,
-    REGISTERS,
     SCALAR,
     Instruction,
     Op,
@@ -24,7 +24,6 @@ from cfg_parallel.program import (
     Program,
     float32,
     interpret,
-    launch,
     reciprocal32,
 )
 
@@ -92,29 +91,6 @@ RULES: dict[str, tuple[int, Callable[..., Any]]] = {
 }
 
 
-@needs_module
-def test_each_specialization_is_what_its_rule_is_lowered_to() -> None:
-    wanted: dict[Any, str] = {}
-    for name, (branches, fn) in RULES.items():
-        for dtype in DTYPES:
-            for exact in (True, False):
-                for sample in {torch.float32, dtype} if "euler" in name else {dtype}:
-                    dtypes = [dtype] * branches if "euler" not in name else [dtype, dtype, sample]
-                    (program,) = traced(fn, dtypes, exact)
-                    wanted[_signature(program)] = f"{name} {str(dtype).removeprefix('torch.')}"
-    offered = {
-        (tuple(inputs), tuple(outputs), tuple(map(tuple, code)), tuple(stores)): name
-        for name, inputs, outputs, code, stores in extension.load().specializations()
-    }
-    assert offered == wanted
-
-
-def _signature(program: Program) -> Any:
-    code = tuple((int(i.op), i.dst, i.a, i.b, i.c, DTYPES.index(i.round)) for i in program.code)
-    inputs, outputs = (tuple(DTYPES.index(o.dtype) for o in side) for side in (program.inputs, program.outputs))
-    return inputs, outputs, code, program.stores
-
-
 def test_one_launch_for_guidance_step_and_casts() -> None:
     for name in ("cfg_euler", "norm_euler"):
         assert len(traced(RULES[name][1], [torch.bfloat16, torch.bfloat16, torch.bfloat16], True)) == 1
@@ -147,55 +123,36 @@ def test_reciprocal32(value: float) -> None:
 # The native class
 
 
-def native(shape: list[int], inputs: list[Any], outputs: list[Any], code: list[Any], stores: list[int]) -> Any:
-    return extension.load().Program(shape, inputs, outputs, code, stores)
-
-
 @needs_module
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([4], [(0, [1])] * 13, [(0, [1])], [], [0]), "at most 12 inputs"),
-        (([4], [(0, [1])], [], [], []), "1 to 4 outputs"),
-        (([4], [(0, [1])], [(0, [1])] * (MAX_OUTPUTS + 1), [], [0] * (MAX_OUTPUTS + 1)), "1 to 4 outputs"),
-        (([4], [(0, [1])], [(0, [1])], [(0, 0, 0, 0, 0, 0)] * 65, [0]), "at most 64 instructions"),
-        (([4], [(0, [1])], [(0, [1])], [(0, REGISTERS, 0, 0, 0, 0)], [0]), "operands in range"),
-        (([4], [(0, [1])], [(0, [1])], [(0, 0, SCALAR + 32, 0, 0, 0)], [0]), "operands in range"),
-        (([4], [(0, [1])], [(0, [1])], [], [REGISTERS]), "outputs from registers"),
-        (([4], [(0, [1])], [(0, [1])], [], []), "a register for each output"),
-        (([4, 4], [(0, [1])], [(0, [4, 1])], [], [0]), "a stride for each dimension"),
-        (([-1], [(0, [1])], [(0, [1])], [], [0]), "sizes of at least 0"),
-        (([4, 24], [(0, [24, 1])], [(0, [24, 1])], [(10, 0, 0, 0, 0, 0)], [0]), "rows of 8, 16"),
-        (([2] * 8, [(0, [0, 1] * 4)], [(0, [1, 3, 9, 27, 81, 243, 729, 2187])], [], [0]), "at most 6 dimensions"),
+        (([4], [[1]], 1, 0, 8, [16]), "inputs, outputs, dimensions"),
+        (([4], [[1], [1]], 0, 0, 8, [16, 16]), "inputs, outputs, dimensions"),
+        (([], [[], []], 1, 0, 8, [16, 16]), "inputs, outputs, dimensions"),
+        (([4], [[1], [1]], 1, 0, 0, [16, 16]), "inputs, outputs, dimensions"),
+        (([4], [[1], [1]], 1, 0, 8, [16]), "an alignment for each tensor"),
+        (([4, 4], [[1, 4], [1]], 1, 0, 8, [16, 16]), "a stride for each dimension"),
     ],
 )
 def test_refused_programs(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(extension.load().Error, match=message):
-        native(*arguments)
-
-
-@pytest.mark.gpu
-def test_wrong_number_of_tensors() -> None:
-    program = native([4], [(0, [1])], [(0, [1])], [], [0])
-    with pytest.raises(extension.load().Error, match="1 inputs and 1 outputs, but got 2 and 1"):
-        program.launch([0, 0], [0], [], 0, 0)
+        extension.load().Program(*arguments)
 
 
 @needs_module
-def test_specialization_is_told() -> None:
-    (program,) = traced(cfg, [torch.bfloat16, torch.bfloat16], True)
-    inputs, outputs, code, stores = _signature(program)
-    pairs = [[(d, o.strides) for d, o in zip(dtypes, operands, strict=True)]
-             for dtypes, operands in ((inputs, program.inputs), (outputs, program.outputs))]  # fmt: skip
-    assert native(list(program.shape), *pairs, list(code), list(stores)).specialization == "cfg bfloat16"
-    assert native(list(program.shape), *pairs, list(code[:2]), list(stores)).specialization == ""
+def test_a_launch_asks_for_the_kernel_that_it_needs() -> None:
+    native = extension.load().Program([4096], [[1], [0], [1]], 2, 1, 8, [16, 4, 8])
+    assert native.launch([16, 4], [8], [1.0], 3, 0) == (3, 8, -1)
+    assert native.launch([16, 4], [4], [1.0], 3, 0) == (3, 1, -1)  # an address off its grid
+    with pytest.raises(extension.load().Error, match="2 inputs, 1 outputs and 1 scalars, but got 1, 1 and 1"):
+        native.launch([0], [0], [1.0], 0, 0)
 
 
 # The kernels
 
 _SHAPES = [(), (1,), (7,), (8,), (4096,), (4099,), (3, 64), (2, 5, 8), (2, 3, 16, 16), (1, 0, 4), (2, 3, 5, 7, 9)]
 _SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-45, 65504.0, 3e38, 6e-8]
-_OPS = {Op.ADD: 2, Op.SUB: 2, Op.MUL: 2, Op.DIV: 2, Op.NEG: 1, Op.ABS: 1, Op.SQRT: 1, Op.CLAMP: 3, Op.ROUND: 1}
 
 
 def _random_tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -227,18 +184,17 @@ def _random_program(rng: random.Random) -> tuple[Program, list[torch.Tensor], li
         dims = tuple(1 if rng.random() < 0.15 else size for size in shape)  # broadcast along some
         inputs.append(_random_layout(rng, _random_tensor(rng, dims, rng.choice(DTYPES))).expand(shape))
     scalars = [float32(rng.choice([4.5, -0.3, 1e-3, 0.0, 7.5])) for _ in range(3)]
-    code, alive = [], list(range(len(inputs)))
+    code: list[Instruction] = []
     for _ in range(rng.randint(1, 20)):
-        op = rng.choice(list(_OPS))
-        operands = [rng.choice([*alive, SCALAR, SCALAR + 1, SCALAR + 2]) for _ in range(_OPS[op])]
-        dst = rng.randrange(REGISTERS)
-        code.append(Instruction(op, dst, *operands, round=rng.choice(DTYPES)))
-        alive = sorted({*alive, dst})
-    stores = tuple(rng.choice(alive) for _ in range(rng.randint(1, MAX_OUTPUTS)))
+        op = rng.choice([op for op in Op if op not in (Op.NORM, Op.FMA)])
+        values = range(len(inputs) + len(code))
+        operands = [rng.choice([*values, SCALAR, SCALAR + 1, SCALAR + 2]) for _ in range(op.arity)]
+        code.append(Instruction(op, *operands, round=rng.choice(DTYPES)))
+    stores = tuple(rng.randrange(len(inputs) + len(code)) for _ in range(rng.randint(1, MAX_OUTPUTS)))
     strides = torch.empty(shape).stride()
     outputs = tuple(Operand(rng.choice(DTYPES), strides) for _ in stores)
     program = Program(shape, tuple(Operand(t.dtype, t.stride()) for t in inputs), outputs, tuple(code), stores)
-    return program, inputs, scalars
+    return program, inputs, scalars[: codegen.num_scalars(program)]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

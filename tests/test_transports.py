@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -419,6 +420,14 @@ def test_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ConfigurationError, match="needs the compiled extension: nvcc was not found"):
         transports.resolve("peer", gpus)
+
+
+def test_nccl_aborts_both_directions_at_once() -> None:
+    """One by one would be a deadlock: NCCL frees a communicator when the kernels of the other one have ended too."""
+    both = threading.Barrier(2, timeout=10)
+    transport = object.__new__(NcclTransport)
+    transport._out = transport._in = SimpleNamespace(abort=both.wait)
+    transport.abort()
 
 
 # NCCL and CUDA IPC, on two GPUs.

@@ -99,8 +99,8 @@ def _cfg_cond(c, n, s, k, to):
 @triton.jit
 def _lerp(c, n, s, k, to):
     """torch.lerp(n, p, s): one fused multiply-add from the nearer end, and nothing is rounded on the way."""
-    d = c[0] - n
-    return tl.where(tl.abs(s[0]) < 0.5, _fma(s[0], d, n), _fma(-d, 1.0 - s[0], c[0]))
+    d = c[0] - n  # d * -1.0 and not -d, which Triton computes as 0 - d: another zero
+    return tl.where(tl.abs(s[0]) < 0.5, _fma(s[0], d, n), _fma(d * -1.0, 1.0 - s[0], c[0]))
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cfg_parallel.codec import flat_bytes
+from cfg_parallel.launch import Execute, LaunchError
 from cfg_parallel.lowering import (
     BINARY,
     NORM,
@@ -32,7 +33,6 @@ from cfg_parallel.lowering import (
     view_dims,
 )
 from cfg_parallel.pending import settle
-from cfg_parallel.program import Execute, LaunchError
 from cfg_parallel.recording import Node, Ref, ancestors, check_versions, recording, replay, run
 from cfg_parallel.rules import name_of
 from cfg_parallel.transports.peer import Arrival
@@ -131,10 +131,11 @@ class Fusion:
                 replay(ancestors(node))
         nodes = [node for node in nodes if node.values is None]
         ops = sum(node.op is not None for node in nodes)
-        if not 2 <= ops <= _MOST_OPS:
+        least = 1 if self._into is not None else 2  # PyTorch's op would be followed by a copy
+        if not least <= ops <= _MOST_OPS:
             replay(nodes)
-            return "a single op has nothing to be fused with" if ops < 2 else f"more than {_MOST_OPS} ops in a row"
-        recorded = _Recorded(nodes, self.device)
+            return "a single op has nothing to be fused with" if ops < least else f"more than {_MOST_OPS} ops in a row"
+        recorded = _Recorded(nodes, self.device, self._into is not None)
         wanted = frozenset(i for i, way in enumerate(recorded.ways) if way in self._wanted)
         plan = self._plans.get((recorded.key, wanted))
         if plan is None:
@@ -265,8 +266,9 @@ class Fusion:
 class _Recorded:
     """A recording taken apart: its structure, which other recordings share, and its tensors and numbers."""
 
-    def __init__(self, nodes: Sequence[Node], device: torch.device) -> None:
+    def __init__(self, nodes: Sequence[Node], device: torch.device, has_place: bool) -> None:
         self.nodes = nodes
+        self.has_place = has_place  # the memory for the last value is there already
         self.device = device
         self.position = {node: i for i, node in enumerate(nodes)}
         self.tensors: list[torch.Tensor] = []
@@ -274,7 +276,7 @@ class _Recorded:
         self._numbers: dict[int, int] = {}
         self.ways: list[int] = []  # a hash of how each value is computed from predictions and plain tensors
         self.steps: list[Step] = []
-        key = []
+        key: list[Any] = [has_place]
         for node in nodes:
             self._key: list[Any] = []
             self._way: list[int] = []
@@ -354,6 +356,7 @@ class _Planner:
         self._steps = recorded.steps
         self._position = recorded.position
         self._exact, self._on_gpu, self._with_norm = exact, on_gpu, with_norm
+        self._has_place = recorded.has_place
         self._by_torch: set[int] = set()
         self._computed: list[bool] = []
         self._stage: list[int] = []
@@ -441,7 +444,7 @@ class _Planner:
             if len(outputs) == 1:
                 raise
             return [action for output in outputs for action in self._launches(shape, [output], stage)]
-        alone = len(launch.program.code) < 2 and len(outputs) == 1
+        alone = len(launch.program.code) < 2 and len(outputs) == 1 and not self._has_place
         reads = [self._position[ref.node] for ref in self._steps[outputs[0]].refs()]
         if alone and not any(self._computed[p] and self._stage[p] == stage for p in reads):
             return [outputs[0]]  # PyTorch's own kernel does as well

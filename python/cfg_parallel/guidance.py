@@ -16,7 +16,7 @@ from cfg_parallel import extension
 from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.fusion import Fusion
 from cfg_parallel.pending import PendingPrediction, outputs_of
-from cfg_parallel.program import executor, launch
+from cfg_parallel.launch import executor, launch
 
 if TYPE_CHECKING:
     from types import ModuleType

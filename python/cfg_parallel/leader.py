@@ -32,7 +32,7 @@ from cfg_parallel.pending import (
     settle,
     settled_outputs,
 )
-from cfg_parallel.program import executor
+from cfg_parallel.launch import executor
 from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
 from cfg_parallel.timing import Mark, mark

@@ -15,7 +15,6 @@ from cfg_parallel.program import (
     MAX_INSTRUCTIONS,
     MAX_OUTPUTS,
     MAX_SCALARS,
-    REGISTERS,
     SCALAR,
     Instruction,
     Op,
@@ -28,9 +27,11 @@ from cfg_parallel.recording import Node, Ref, refs_in
 
 aten = torch.ops.aten
 
-# A row of this many elements has its norm summed in the order of PyTorch's kernel (csrc/program.cu); others have not.
-EXACT_NORM_SIZE = 64
 NORM_SIZES = (8, 16, 32, 64, 128, 256)  # 8 elements for each of the threads of a warp, or of part of one
+EXACT_NORM_SIZES = (8, 16, 32, 64)  # which our kernel sums in the order of PyTorch's (csrc/program_kernel.cuh)
+
+
+_LIMITS = (MAX_INPUTS, MAX_OUTPUTS, MAX_INSTRUCTIONS, MAX_SCALARS)
 
 
 class Unfusable(Exception):
@@ -201,7 +202,7 @@ def is_row_norm(step: Step, exact: bool) -> bool:
     shape = x.shape if isinstance(x, Leaf) else x.spec[0]
     if len(shape) < 2 or list(dims or ()) not in ([-1], [len(shape) - 1]):
         return False
-    return shape[-1] == EXACT_NORM_SIZE if exact else shape[-1] in NORM_SIZES
+    return shape[-1] in (EXACT_NORM_SIZES if exact else NORM_SIZES)
 
 
 def view_dims(step: Step, shape: tuple[int, ...]) -> list[int] | None:
@@ -234,7 +235,7 @@ def _dtype(operand: Leaf | Ref) -> torch.dtype:
 
 @dataclass(slots=True)
 class _Value:
-    """A value of the program under construction, before it has a register."""
+    """A value of the program under construction, before the inputs are numbered first."""
 
     op: Op | None  # None: an input
     operands: tuple[int | Scalar | Constant, ...] = ()  # an int is the number of a value
@@ -268,7 +269,7 @@ class Lowering:
         operands = [
             Operand(self.steps[p].dtype, self._strides(self.steps[p].shape, self.steps[p].strides)) for p in outputs
         ]
-        return self._allocate(roots, operands, tuple(outputs))
+        return self._number(roots, operands, tuple(outputs))
 
     def _strides(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(stride for size, stride in zip(shape, strides, strict=True) if size != 1)
@@ -383,45 +384,34 @@ class Lowering:
             self.values.append(value)
         return self._known[key]
 
-    def _allocate(self, roots: list[int], operands: list[Operand], outputs: tuple[int, ...]) -> Launch:
-        """Inputs get the first registers, in order of first use; a register is free again after its last use."""
+    def _number(self, roots: list[int], operands: list[Operand], outputs: tuple[int, ...]) -> Launch:
+        """Inputs get the first numbers, in the order of their first use."""
         inputs = [i for i, value in enumerate(self.values) if value.op is None]
         instructions = [i for i, value in enumerate(self.values) if value.op is not None]
-        if len(inputs) > MAX_INPUTS or len(outputs) > MAX_OUTPUTS or len(instructions) > MAX_INSTRUCTIONS:
-            raise Unfusable(f"{len(inputs)} inputs, {len(outputs)} outputs and {len(instructions)} ops are too many")
-        last_use = {operand: i for i in instructions for operand in self.values[i].operands if isinstance(operand, int)}
-        last_use |= dict.fromkeys(roots, len(self.values))
-        register = {value: i for i, value in enumerate(inputs)}
-        free = sorted(set(range(REGISTERS)) - set(register.values()), reverse=True)
-        scalars: list[Any] = []
+        if not inputs:
+            raise Unfusable("no tensor is read")
+        number = {value: i for i, value in enumerate([*inputs, *instructions])}
+        scalars = list(dict.fromkeys(x for i in instructions for x in self.values[i].operands if type(x) is not int))
+        counts = [len(inputs), len(outputs), len(instructions), len(scalars)]
+        if any(count > limit for count, limit in zip(counts, _LIMITS, strict=True)):
+            raise Unfusable("{} inputs, {} outputs, {} ops or {} numbers are too many".format(*counts))
+
+        def encoded(operand: Any) -> int:
+            return number[operand] if type(operand) is int else SCALAR + scalars.index(operand)
+
         code = []
         for i in instructions:
             value = self.values[i]
-            encoded = []
-            for operand in value.operands:
-                if type(operand) is int:
-                    encoded.append(register[operand])
-                else:
-                    if operand not in scalars:
-                        scalars.append(operand)
-                    encoded.append(SCALAR + scalars.index(operand))
-            for operand in set(value.operands):
-                if type(operand) is int and last_use[operand] == i:
-                    free.append(register[operand])
-            free.sort(reverse=True)
-            if not free or len(scalars) > MAX_SCALARS:
-                raise Unfusable("too many values are alive at once")
-            register[i] = free.pop()
-            a, b, c = (*encoded, 0, 0)[:3]
             assert value.op is not None
-            code.append(Instruction(value.op, register[i], a, b, c, value.round))
+            a, b, c = (*map(encoded, value.operands), 0, 0)[:3]
+            code.append(Instruction(value.op, a, b, c, value.round))
         operands_in = tuple(self.values[i].operand for i in inputs)
         program = Program(
             self.shape,
             operands_in,  # type: ignore[arg-type]
             tuple(operands),
             tuple(code),
-            tuple(register[root] for root in roots),
+            tuple(number[root] for root in roots),
         )
         return Launch(program, tuple(self.values[i].source for i in inputs), tuple(scalars), outputs)  # type: ignore[arg-type, misc]
 

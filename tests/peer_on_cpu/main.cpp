@@ -27,6 +27,22 @@ void expect(bool ok, const char* what) {
   std::exit(1);
 }
 
+// As a kernel that combines reads a piece: each thread waits for itself, for the chunk that it is about to read.
+struct PeerRead {
+  PeerWait wait;
+  std::int64_t bytes;
+  char* to;
+};
+void read_kernel(const PeerRead& read) {
+  const PeerReader reader(read.wait);
+  const std::int64_t threads = gridDim.x * blockDim.x;
+  for (std::int64_t i = blockIdx.x * blockDim.x + threadIdx.x; 16 * i < read.bytes; i += threads) {
+    if (!reader.landed(16 * i)) break;
+    peer_store<16>(read.to + 16 * i, peer_load<16>(reader.slot() + 16 * i));
+  }
+  reader.acknowledge();
+}
+
 // What PeerEndpoint allocates, in ordinary memory.
 struct Side {
   std::uint64_t consumed = 0, failed = 0;
@@ -39,14 +55,31 @@ struct Side {
   PeerLimits limits(Side& peer, std::uint32_t* failure) {
     return {&abort, failure, &failed, &peer_failed, &peer.peer_failed, timeout_ns};
   }
+  // No more blocks than tiles, as PeerEndpoint has it.
+  static unsigned blocks(unsigned grid, const PeerTable& table, int tile_shift) {
+    return std::min(grid, static_cast<unsigned>((table.bytes - 1) >> tile_shift) + 1);
+  }
   void push(Side& peer, const PeerTable& table, unsigned grid, unsigned threads) {
     const PeerCredit credit{limits(peer, &push_failure), &pushed, &consumed};
-    launch(peer_push_kernel, grid, threads, PeerPush{credit, peer.flags, peer.slots, kSlot, kShift, table});
+    const int tile = kShift + static_cast<int>(grid % 3);  // one, two or four chunks
+    launch(peer_push_kernel, blocks(grid, table, tile), threads,
+           PeerPush{credit, peer.flags, peer.slots, kSlot, kShift, tile, table});
   }
   void gate(Side& peer) { launch(peer_gate_kernel, 1, 1, PeerCredit{limits(peer, &push_failure), &pushed, &consumed}); }
+  PeerWait wait(Side& peer) {
+    return {limits(peer, &pull_failure), &pulled, flags, slots, &peer.consumed, kSlot, kShift};
+  }
   void pull(Side& peer, const PeerTable& table, unsigned grid, unsigned threads) {
-    const PeerWait wait{limits(peer, &pull_failure), &pulled, flags, slots, &peer.consumed, kSlot, kShift};
-    launch(peer_pull_kernel, grid, threads, PeerPull{wait, table});
+    const int tile = kShift + static_cast<int>(grid % 2);
+    launch(peer_pull_kernel, blocks(grid, table, tile), threads, PeerPull{wait(peer), tile, table});
+  }
+  void read(Side& peer, const PeerTable& table, unsigned grid, unsigned threads) {
+    alignas(16) char piece[kSlot];
+    launch(read_kernel, grid, threads, PeerRead{wait(peer), table.bytes, piece});
+    for (int i = 0; i < table.count; ++i) {
+      const PeerSegment& segment = table.segments[i];
+      std::memcpy(segment.data, piece + segment.offset, static_cast<std::size_t>(segment.bytes));
+    }
   }
 };
 
@@ -109,7 +142,11 @@ void exchange(unsigned seed, int count) {
       nap(random);
       const Message sent(stream_seed + 7 * i, i);
       const Message received(stream_seed + 7 * i, i + 12345);
-      at.pull(from, received.table, 1 + random() % 3, 4);
+      if (random() % 2 == 0) {
+        at.pull(from, received.table, 1 + random() % 3, 4);
+      } else {
+        at.read(from, received.table, 1 + random() % 3, 4);
+      }
       expect(received.same_bytes(sent), "bytes of a message");
     }
   };

@@ -114,8 +114,27 @@ class NcclTransport:
         return None
 
     def abort(self) -> None:
-        self._out.abort()
-        self._in.abort()
+        """Both at once. To free a communicator NCCL waits for the whole device, so for a kernel of the other one too,
+        and that ends only when the other one is aborted."""
+        failures: list[Exception] = []
+
+        def abort(communicator: Any) -> None:
+            try:
+                communicator.abort()
+            except RuntimeError as error:  # the module's errors are
+                failures.append(error)
+
+        thread = threading.Thread(target=abort, args=(self._out,), name="cfg-parallel-nccl-abort", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is ending; what is pending then is a receive
+            abort(self._in)
+            abort(self._out)
+        else:
+            abort(self._in)
+            thread.join()
+        if failures:
+            raise failures[0]
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from cfg_parallel.link import Link
 
 _SLOT_BYTES = 64 << 20
-# 512 KiB, a typical prediction, are 32 chunks, each pushed by a block of its own in one go.
-_CHUNK_BYTES = 16 << 10
+# 512 KiB, a typical prediction, are 128 chunks, each pushed by an SM of its own in one go. Of a larger message several
+# chunks are pushed, and flagged, together.
+_CHUNK_BYTES = 4 << 10
 _SLOTS = 2  # csrc/peer.h
 _SEGMENTS = 64  # csrc/peer.h
 _ALIGNMENT = 256  # bytes; of each tensor in a slot

@@ -1,0 +1,282 @@
+// What python/cfg_parallel/codegen.py builds kernels of: each op of a program is a call of one of the functions here.
+// Compiled at run time, together with the program's own code, for the GPU at hand: nvrtc knows no standard headers but
+// the <cstdint> that it is given.
+//
+// A kernel takes kVec neighbours of the fastest dimension at a time. A value is `Values<n>`, or a float where all n
+// are known to be equal: then it is computed once.
+#pragma once
+
+#include <cstdint>
+
+#include "peer_wait.cuh"
+#include "program_args.h"
+
+namespace cfg_parallel {
+
+struct fp16 {
+  std::uint16_t bits;
+};
+struct bf16 {
+  std::uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(fp16 x) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+}
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ fp16 from_float<fp16>(float x) {
+  fp16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+  bf16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+}
+
+template <int n>
+struct Values {
+  float x[n];
+};
+
+template <typename T>
+struct WidthOf {
+  static constexpr int kWidth = 0;
+};
+template <int n>
+struct WidthOf<Values<n>> {
+  static constexpr int kWidth = n;
+};
+
+__device__ __forceinline__ float at(float value, int) { return value; }
+template <int n>
+__device__ __forceinline__ float at(const Values<n>& values, int j) {
+  return values.x[j];
+}
+
+// f of each element; a float when every argument is one.
+template <typename F, typename... Args>
+__device__ __forceinline__ auto each(F f, const Args&... args) {
+  constexpr int n = (0 | ... | WidthOf<Args>::kWidth);
+  if constexpr (n == 0) {
+    return f(args...);
+  } else {
+    Values<n> result;
+#pragma unroll
+    for (int j = 0; j < n; ++j) result.x[j] = f(at(args, j)...);
+    return result;
+  }
+}
+
+// The _rn intrinsics are there because the compiler never contracts them: two roundings stay two.
+template <typename A, typename B>
+__device__ __forceinline__ auto add(const A& a, const B& b) {
+  return each([](float x, float y) { return __fadd_rn(x, y); }, a, b);
+}
+template <typename A, typename B>
+__device__ __forceinline__ auto sub(const A& a, const B& b) {
+  return each([](float x, float y) { return __fsub_rn(x, y); }, a, b);
+}
+template <typename A, typename B>
+__device__ __forceinline__ auto mul(const A& a, const B& b) {
+  return each([](float x, float y) { return __fmul_rn(x, y); }, a, b);
+}
+template <typename A, typename B>
+__device__ __forceinline__ auto div(const A& a, const B& b) {
+  return each([](float x, float y) { return __fdiv_rn(x, y); }, a, b);
+}
+template <typename A, typename B, typename C>
+__device__ __forceinline__ auto fma(const A& a, const B& b, const C& c) {
+  return each([](float x, float y, float z) { return __fmaf_rn(x, y, z); }, a, b, c);
+}
+template <typename A>
+__device__ __forceinline__ auto neg(const A& a) {
+  return each([](float x) { return -x; }, a);
+}
+template <typename A>
+__device__ __forceinline__ auto abs(const A& a) {
+  return each([](float x) { return fabsf(x); }, a);
+}
+template <typename A>
+__device__ __forceinline__ auto sqrt(const A& a) {
+  return each([](float x) { return __fsqrt_rn(x); }, a);
+}
+// min(max(a, low), high); a NaN anywhere gives NaN.
+template <typename A, typename Low, typename High>
+__device__ __forceinline__ auto clamp(const A& a, const Low& low, const High& high) {
+  return each(
+      [](float x, float y, float z) {
+        const float inside = fminf(fmaxf(x, y), z);
+        return x != x ? x : y != y ? y : z != z ? z : inside;
+      },
+      a, low, high);
+}
+// What survives a store as T and a load: where eager PyTorch puts an intermediate tensor.
+template <typename T, typename A>
+__device__ __forceinline__ auto rounded(const A& a) {
+  return each([](float x) { return to_float(from_float<T>(x)); }, a);
+}
+
+// The 2-norm of a row that `lanes` neighbouring threads hold, n elements each. The second half of the row is added to
+// the first, then the second half of that, and so on: the order of PyTorch's reduction (Reduce.cuh) for rows of up to
+// 64 elements.
+template <int lanes, int n>
+__device__ __forceinline__ float norm(const Values<n>& a) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const unsigned row = (lanes == 32 ? ~0u : (1u << lanes % 32) - 1) << (lane / lanes * lanes);
+  Values<n> sums = mul(a, a);
+#pragma unroll
+  for (int width = lanes / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) sums.x[j] = __fadd_rn(sums.x[j], __shfl_xor_sync(row, sums.x[j], width));
+  }
+#pragma unroll
+  for (int width = n / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int j = 0; j < width; ++j) sums.x[j] = __fadd_rn(sums.x[j], sums.x[j + width]);
+  }
+  return __fsqrt_rn(sums.x[0]);
+}
+
+// Accesses of up to 16 bytes, by the alignment.
+template <typename T, int n>
+struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
+  T values[n];
+};
+
+// How an input that is on its way is read.
+struct Arrival {
+  const PeerReader* reader = nullptr;
+  const char* slot = nullptr;  // where it lies
+  std::int64_t begin = 0;      // of it, in the piece
+  void* keep = nullptr;        // where a copy goes
+  bool in_order = false;       // it lands in the order of the units; else all of it has landed
+};
+
+// n neighbours along the fastest dimension, of every tensor of the program.
+template <typename Code, int n>
+class Tile {
+ public:
+  __device__ __forceinline__ Tile(const ProgramArgs<Code>& args, std::int64_t first, const Arrival& arrival)
+      : args_(args), arrival_(arrival) {
+#pragma unroll
+    for (int d = 0; d + 1 < Code::kDims; ++d) {
+      // 64-bit division takes some 100 instructions, 32-bit division 20.
+      const bool small = ((first | args.sizes[d]) >> 32) == 0;
+      const std::int64_t rest =
+          small ? static_cast<std::uint32_t>(first) / static_cast<std::uint32_t>(args.sizes[d]) : first / args.sizes[d];
+      coords_[d] = first - rest * args.sizes[d];
+      first = rest;
+    }
+    coords_[Code::kDims - 1] = first;
+  }
+
+  // Waits for the arriving input; false when the wait was given up. Each thread for itself: no barrier is needed, and
+  // one load serves a warp. The elements lie in one chunk: chunks have a power of two of bytes, offsets are aligned.
+  __device__ __forceinline__ bool arrived() const {
+    return !arrival_.in_order ||
+           arrival_.reader->landed(arrival_.begin + offset(Code::kArriving) * Code::kArrivingBytes);
+  }
+
+  template <int k, typename T>
+  __device__ __forceinline__ Values<n> load() const {
+    const Pack<T, n> pack = *reinterpret_cast<const Pack<T, n>*>(input<k, T>());
+    if constexpr (k == Code::kArriving) {
+      if (arrival_.keep != nullptr) *reinterpret_cast<Pack<T, n>*>(static_cast<T*>(arrival_.keep) + offset(k)) = pack;
+    }
+    Values<n> result;
+#pragma unroll
+    for (int j = 0; j < n; ++j) result.x[j] = to_float(pack.values[j]);
+    return result;
+  }
+
+  // Of an input whose stride along the fastest dimension is 0.
+  template <int k, typename T>
+  __device__ __forceinline__ float load_one() const {
+    const T value = *input<k, T>();
+    if constexpr (k == Code::kArriving) {
+      if (arrival_.keep != nullptr) static_cast<T*>(arrival_.keep)[offset(k)] = value;
+    }
+    return to_float(value);
+  }
+
+  template <int k, typename T, typename A>
+  __device__ __forceinline__ void store(const A& a) const {
+    Pack<T, n> pack;
+#pragma unroll
+    for (int j = 0; j < n; ++j) pack.values[j] = from_float<T>(at(a, j));
+    *reinterpret_cast<Pack<T, n>*>(static_cast<T*>(args_.outputs[k]) + offset(Code::kInputs + k)) = pack;
+  }
+
+  template <int k>
+  __device__ __forceinline__ float scalar() const {
+    return args_.scalars[k];
+  }
+
+ private:
+  __device__ __forceinline__ std::int64_t offset(int operand) const {
+    std::int64_t sum = 0;
+#pragma unroll
+    for (int d = 0; d < Code::kDims; ++d) sum += coords_[d] * args_.strides[operand][d];
+    return sum;
+  }
+
+  template <int k, typename T>
+  __device__ __forceinline__ const T* input() const {
+    const void* base = k == Code::kArriving ? arrival_.slot : args_.inputs[k];
+    return static_cast<const T*>(base) + offset(k);
+  }
+
+  const ProgramArgs<Code>& args_;
+  const Arrival& arrival_;
+  std::int64_t coords_[Code::kDims];
+};
+
+// Units are vectors, and behind them, where one dimension is left, single elements that fill none.
+template <typename Code>
+__device__ __forceinline__ void run_unit(const ProgramArgs<Code>& args, std::int64_t unit, const Arrival& arrival) {
+  const std::int64_t vecs = args.numel / Code::kVec;
+  if (unit < vecs) {
+    Code::run(Tile<Code, Code::kVec>(args, unit * Code::kVec, arrival));
+  } else if (unit < vecs + args.numel % Code::kVec) {
+    if constexpr (Code::kVec > 1 && !Code::kHasNorm) {
+      Code::run(Tile<Code, 1>(args, vecs * Code::kVec + (unit - vecs), arrival));
+    }
+  }
+}
+
+template <typename Code>
+__device__ __forceinline__ void run_program(const ProgramArgs<Code>& args) {
+  run_unit<Code>(args, blockIdx.x * static_cast<std::int64_t>(kProgramThreads) + threadIdx.x, Arrival{});
+}
+
+template <typename Code>
+__device__ __forceinline__ void run_program(const ProgramArgs<Code>& args, const ArrivingInput& input) {
+  const PeerReader reader(input.wait);
+  const bool in_order = Code::kDims == 1 && args.strides[Code::kArriving][0] == 1;
+  const Arrival arrival{&reader, reader.slot() + input.offset, input.offset, input.keep, in_order};
+  if (in_order || reader.arrived(input.offset, input.offset + input.bytes)) {
+    const std::int64_t units = args.numel / Code::kVec + args.numel % Code::kVec;
+    const std::int64_t threads = gridDim.x * static_cast<std::int64_t>(kProgramThreads);
+    for (std::int64_t unit = blockIdx.x * static_cast<std::int64_t>(kProgramThreads) + threadIdx.x; unit < units;
+         unit += threads) {
+      run_unit<Code>(args, unit, arrival);
+    }
+  }
+  reader.acknowledge();
+}
+
+}  // namespace cfg_parallel

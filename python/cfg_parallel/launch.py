@@ -1,0 +1,104 @@
+"""Runs programs on a GPU: a kernel is compiled when a program first needs it, and launched from then on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfg_parallel import codegen, extension, nvrtc
+from cfg_parallel.errors import CfgParallelError
+from cfg_parallel.program import Operand, Program
+
+if TYPE_CHECKING:
+    from cfg_parallel.transports.peer import Arrival
+
+
+class LaunchError(CfgParallelError):
+    """The kernels cannot run a program, on these tensors. Nothing was launched."""
+
+
+Execute = Callable[..., None]  # `launch`, or what takes its place
+
+
+def executor(device: torch.device) -> tuple[Execute | None, str]:
+    """What runs programs on `device`, and its name; None and why there is nothing."""
+    if device.type != "cuda":
+        return None, f"there are no fused kernels for {device.type}"
+    missing = extension.missing_reason()
+    if missing is not None:
+        return None, missing
+    missing = nvrtc.missing_reason()
+    if missing is not None:
+        return None, missing
+    return launch, "cuda"
+
+
+def launch(
+    program: Program,
+    inputs: Sequence[torch.Tensor | None],
+    scalars: Sequence[float],
+    outputs: Sequence[torch.Tensor],
+    arrival: Arrival | None = None,
+    keep: torch.Tensor | None = None,
+) -> None:
+    """Fill `outputs` with one kernel on the current stream of their device.
+
+    With an `arrival`, the input that is None is its only tensor: the kernel waits for it, chunk by chunk, and copies it
+    to `keep`, which is laid out alike, if that is given."""
+    device = outputs[0].device
+    peer = None
+    if arrival is not None:
+        index = list(inputs).index(None)
+        nbytes = _extent(program.shape, program.inputs[index])
+        peer = (index, arrival.offsets[0], nbytes, _address(keep), arrival.wait)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    addresses = [_address(tensor) for tensor in inputs], [tensor.data_ptr() for tensor in outputs]
+    try:
+        native = _native(program)
+        missing = native.launch(*addresses, scalars, device.index, stream, peer)
+        if missing is not None:
+            _, width, arriving = missing
+            text = codegen.source(program, width, arriving if arriving >= 0 else None)
+            native.add(missing, _kernel(text, device.index))
+            native.launch(*addresses, scalars, device.index, stream, peer)
+    except (extension.load().Error, codegen.Ungeneratable, nvrtc.NvrtcError) as error:
+        raise LaunchError(str(error)) from error
+    if arrival is not None:
+        arrival.launched()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _extent(shape: tuple[int, ...], operand: Operand) -> int:
+    """Bytes that a tensor has, of which each element is read at least once."""
+    return operand.dtype.itemsize * math.prod(
+        size for size, stride in zip(shape, operand.strides, strict=True) if stride != 0
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _native(program: Program) -> Any:
+    where = codegen.layout(program)
+    width = codegen.vector_width(program)
+    return extension.load().Program(
+        where.sizes,
+        where.strides,
+        len(program.inputs),
+        codegen.num_scalars(program),
+        width,
+        codegen.alignments(program, width),
+    )
+
+
+@functools.cache
+def _kernel(source: str, device: int) -> Any:
+    """Programs with the same source share the kernel; it is never unloaded."""
+    native = extension.load()
+    image = nvrtc.compile_kernel(source, native.kernel_headers(), torch.cuda.get_device_capability(device))
+    return native.Kernel(image, "cfg_parallel_program", device)
