@@ -92,11 +92,14 @@ int cuda_device_count() {
 
 // (input, offset in the slot, bytes, where to keep a copy, wait): see ArrivingInput.
 using PyArrivingInput = std::tuple<int, std::int64_t, std::int64_t, std::uintptr_t, PeerWait>;
+// (partials, tickets, elements of a sample, blocks for each): see StatisticsArgs.
+using PyStatistics = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, int>;
 using PyVariant = std::tuple<int, int, int>;  // device, width, arriving
 
 std::optional<PyVariant> launch_program(const Program& program, const std::vector<std::uintptr_t>& inputs,
                                         const std::vector<std::uintptr_t>& outputs, const std::vector<float>& scalars,
-                                        int device, std::uintptr_t stream, const std::optional<PyArrivingInput>& peer) {
+                                        int device, std::uintptr_t stream, const std::optional<PyArrivingInput>& peer,
+                                        const std::optional<PyStatistics>& sums) {
   int input = -1;
   ArrivingInput arriving{};
   if (peer) {
@@ -106,8 +109,17 @@ std::optional<PyVariant> launch_program(const Program& program, const std::vecto
                 .bytes = std::get<2>(*peer),
                 .keep = reinterpret_cast<void*>(std::get<3>(*peer))};
   }
-  const std::optional<Variant> missing = program.launch(
-      inputs, outputs, scalars, device, input, peer ? &arriving : nullptr, reinterpret_cast<cudaStream_t>(stream));
+  StatisticsArgs statistics{};
+  int blocks = 0;
+  if (sums) {
+    statistics = {.partials = reinterpret_cast<double*>(std::get<0>(*sums)),
+                  .tickets = reinterpret_cast<std::uint32_t*>(std::get<1>(*sums)),
+                  .per_sample = std::get<2>(*sums)};
+    blocks = std::get<3>(*sums);
+  }
+  const std::optional<Variant> missing =
+      program.launch(inputs, outputs, scalars, device, input, peer ? &arriving : nullptr, sums ? &statistics : nullptr,
+                     blocks, reinterpret_cast<cudaStream_t>(stream));
   if (!missing) return std::nullopt;
   return PyVariant{missing->device, missing->width, missing->arriving};
 }
@@ -137,7 +149,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("sizes"), py::arg("strides"), py::arg("num_inputs"), py::arg("num_scalars"), py::arg("width"),
            py::arg("alignments"))
       .def("launch", &launch_program, py::arg("inputs"), py::arg("outputs"), py::arg("scalars"), py::arg("device"),
-           py::arg("stream"), py::arg("peer") = py::none(), release_gil)
+           py::arg("stream"), py::arg("peer") = py::none(), py::arg("statistics") = py::none(), release_gil)
       .def(
           "add",
           [](Program& self, const PyVariant& variant, std::shared_ptr<Kernel> kernel) {

@@ -51,7 +51,7 @@ void Program::add(const Variant& variant, std::shared_ptr<Kernel> kernel) {
 std::optional<Variant> Program::launch(const std::vector<std::uintptr_t>& inputs,
                                        const std::vector<std::uintptr_t>& outputs, const std::vector<float>& scalars,
                                        int device, int input, const ArrivingInput* arriving,
-                                       cudaStream_t stream) const {
+                                       const StatisticsArgs* statistics, int blocks, cudaStream_t stream) const {
   if (static_cast<int>(inputs.size()) != num_inputs_ || static_cast<int>(outputs.size()) != num_outputs_ ||
       static_cast<int>(scalars.size()) != num_scalars_) {
     throw Error("Expected " + std::to_string(num_inputs_) + " inputs, " + std::to_string(num_outputs_) +
@@ -77,16 +77,22 @@ std::optional<Variant> Program::launch(const std::vector<std::uintptr_t>& inputs
     std::memcpy(&args[args.size() - (scalars.size() + 1) / 2], scalars.data(), scalars.size() * sizeof(float));
   }
   const std::int64_t units = numel_ / width + numel_ % width;
-  std::int64_t blocks = std::max<std::int64_t>((units + kProgramThreads - 1) / kProgramThreads, 1);
+  std::int64_t grid = std::max<std::int64_t>((units + kProgramThreads - 1) / kProgramThreads, 1);
+  std::int64_t samples = 1;
   const DeviceGuard guard(device);
   if (arriving != nullptr) {
     int num_sms = 0;
     check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    blocks = std::min<std::int64_t>(blocks, kWaitingBlocksPerSm * num_sms);
+    grid = std::min<std::int64_t>(grid, kWaitingBlocksPerSm * num_sms);
   }
   void* params[] = {args.data(), const_cast<ArrivingInput*>(arriving)};
-  check(driver().launch_kernel(kernel->function(), static_cast<unsigned>(blocks), 1, 1, kProgramThreads, 1, 1, 0,
-                               stream, params, nullptr));
+  if (statistics != nullptr) {
+    params[1] = const_cast<StatisticsArgs*>(statistics);
+    grid = blocks;
+    samples = numel_ / statistics->per_sample;
+  }
+  check(driver().launch_kernel(kernel->function(), static_cast<unsigned>(grid), static_cast<unsigned>(samples), 1,
+                               kProgramThreads, 1, 1, 0, stream, params, nullptr));
   return std::nullopt;
 }
 

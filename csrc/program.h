@@ -46,10 +46,11 @@ class Program {
           int num_scalars, int width, std::vector<int> alignments);
 
   // Enqueue on `stream`. An output may be the memory of an input, if both have the same layout. Without the kernel that
-  // this needs nothing is done, and which one is returned. `input` is the arriving one's number.
+  // this needs nothing is done, and which one is returned. `input` is the arriving one's number. With `statistics`,
+  // `blocks` share a sample.
   std::optional<Variant> launch(const std::vector<std::uintptr_t>& inputs, const std::vector<std::uintptr_t>& outputs,
                                 const std::vector<float>& scalars, int device, int input, const ArrivingInput* arriving,
-                                cudaStream_t stream) const;
+                                const StatisticsArgs* statistics, int blocks, cudaStream_t stream) const;
   void add(const Variant& variant, std::shared_ptr<Kernel> kernel);
 
  private:

@@ -23,6 +23,13 @@ struct ProgramArgs {
   float scalars[Code::kScalars];
 };
 
+// Of a program whose outputs are statistics of samples. A sample is blockIdx.y; gridDim.x blocks share it.
+struct StatisticsArgs {
+  double* partials;         // scratch: three for each output, block and sample
+  std::uint32_t* tickets;   // 0, for each sample
+  std::int64_t per_sample;  // elements
+};
+
 // An input that a peer pushes, or has pushed: `offset` bytes into its next piece.
 struct ArrivingInput {
   PeerWait wait;

@@ -157,6 +157,15 @@ struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
   T values[n];
 };
 
+// What a thread has seen of a sample: sums of differences from its first value, so that nothing cancels where the mean
+// is far from 0.
+struct Moments {
+  float shift = 0;
+  float count = 0;
+  float sum = 0;
+  float squares = 0;
+};
+
 // How an input that is on its way is read.
 struct Arrival {
   const PeerReader* reader = nullptr;
@@ -221,6 +230,18 @@ class Tile {
     *reinterpret_cast<Pack<T, n>*>(static_cast<T*>(args_.outputs[k]) + offset(Code::kInputs + k)) = pack;
   }
 
+  template <typename A>
+  __device__ __forceinline__ void add(Moments& moments, const A& a) const {
+    if (moments.count == 0) moments.shift = at(a, 0);
+    moments.count += n;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const float difference = at(a, j) - moments.shift;
+      moments.sum += difference;
+      moments.squares += difference * difference;
+    }
+  }
+
   template <int k>
   __device__ __forceinline__ float scalar() const {
     return args_.scalars[k];
@@ -277,6 +298,83 @@ __device__ __forceinline__ void run_program(const ProgramArgs<Code>& args, const
     }
   }
   reader.acknowledge();
+}
+
+// Count, mean, and sum of squared differences from the mean.
+struct Spread {
+  double count = 0;
+  double mean = 0;
+  double squares = 0;
+};
+
+__device__ inline Spread spread_of(const Moments& moments) {
+  if (moments.count == 0) return {};
+  const double mean = moments.sum / static_cast<double>(moments.count);
+  return {moments.count, moments.shift + mean, moments.squares - mean * moments.sum};
+}
+
+// Chan, Golub, LeVeque 1983.
+__device__ inline Spread merged(const Spread& a, const Spread& b) {
+  const double count = a.count + b.count;
+  if (count == 0) return {};
+  const double difference = b.mean - a.mean;
+  return {count, a.mean + difference * (b.count / count),
+          a.squares + b.squares + difference * difference * (a.count * b.count / count)};
+}
+
+// Of a whole block, always in the same order; the result is the first thread's.
+__device__ inline Spread merged_in_block(Spread mine) {
+  __shared__ Spread warps[kProgramThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const Spread other = {__shfl_down_sync(~0u, mine.count, offset), __shfl_down_sync(~0u, mine.mean, offset),
+                          __shfl_down_sync(~0u, mine.squares, offset)};
+    mine = merged(mine, other);
+  }
+  __syncthreads();  // the array may be in use still
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+  __syncthreads();
+  for (int warp = 1; threadIdx.x == 0 && warp < kProgramThreads / 32; ++warp) mine = merged(mine, warps[warp]);
+  return mine;
+}
+
+// Each output is the standard deviation of a value over each sample. Every block leaves what it has found, and the
+// last one of a sample merges it, always in the same order.
+template <typename Code>
+__device__ __forceinline__ void run_statistics(const ProgramArgs<Code>& args, const StatisticsArgs& statistics) {
+  constexpr int kCount = Code::kOutputs;
+  const std::int64_t begin = blockIdx.y * statistics.per_sample;
+  const std::int64_t vecs = statistics.per_sample / Code::kVec;
+  const std::int64_t units = vecs + statistics.per_sample % Code::kVec;
+  const std::int64_t threads = gridDim.x * static_cast<std::int64_t>(kProgramThreads);
+  Moments moments[kCount];
+  for (std::int64_t unit = blockIdx.x * static_cast<std::int64_t>(kProgramThreads) + threadIdx.x; unit < units;
+       unit += threads) {
+    if (unit < vecs) {
+      Code::run(Tile<Code, Code::kVec>(args, begin + unit * Code::kVec, Arrival{}), moments);
+    } else if constexpr (Code::kVec > 1) {
+      Code::run(Tile<Code, 1>(args, begin + vecs * Code::kVec + (unit - vecs), Arrival{}), moments);
+    }
+  }
+  Spread* partials = reinterpret_cast<Spread*>(statistics.partials) + blockIdx.y * gridDim.x * kCount;
+  for (int k = 0; k < kCount; ++k) {
+    const Spread whole = merged_in_block(spread_of(moments[k]));
+    if (threadIdx.x == 0) partials[blockIdx.x * kCount + k] = whole;
+  }
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) is_last = atom_add_acq_rel_gpu(statistics.tickets + blockIdx.y, 1) + 1 == gridDim.x;
+  __syncthreads();
+  if (!is_last) return;
+  float results[kCount];
+  for (int k = 0; k < kCount; ++k) {
+    Spread mine;
+    for (unsigned block = threadIdx.x; block < gridDim.x; block += kProgramThreads) {
+      mine = merged(mine, partials[block * kCount + k]);
+    }
+    const Spread whole = merged_in_block(mine);
+    const double degrees = whole.count - Code::kCorrection;
+    results[k] = static_cast<float>(::sqrt(whole.squares / (degrees > 0 ? degrees : 0)));
+  }
+  if (threadIdx.x == 0) Code::store(Tile<Code, 1>(args, begin, Arrival{}), results);
 }
 
 }  // namespace cfg_parallel

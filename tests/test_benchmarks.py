@@ -15,8 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_program
 import torch
+
+import test_program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

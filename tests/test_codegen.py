@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_program import RULES, traced
 
 from cfg_parallel import codegen, nvrtc
 from cfg_parallel.program import DTYPES, SCALAR, Instruction, Op, Operand, Program
+from test_program import RULES, rescaled, traced
 
 CSRC = Path(__file__).parents[1] / "csrc"
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -171,7 +171,9 @@ def test_the_compiler_takes_it(tmp_path: Path) -> None:
         pytest.skip("there is no nvcc")
     (norm_euler,) = traced(RULES["norm_euler"][1], [BF16] * 3, True)
     strided = program((2, 3, 4, 5), [(600, 1, 150, 30), (0, 20, 5, 1)], (60, 20, 5, 1))
+    sums, _ = traced(rescaled, [BF16] * 2, False)
     cases = [(every_op(), 8, None), (norm_euler, 8, None), (norm_euler, 8, 3), (strided, 1, None), (strided, 1, 0)]
+    cases += [(sums, 8, None), (sums, 1, None)]
     unit = []
     for i, (case, width, arriving) in enumerate(cases):
         text = codegen.source(case, width, arriving)
@@ -196,5 +198,5 @@ def test_without_nvrtc_there_is_one_line() -> None:
 
 @pytest.mark.gpu
 def test_nvrtc_says_what_it_does_not_compile() -> None:
-    with pytest.raises(nvrtc.NvrtcError, match="does not compile a kernel: .*no_such_thing"):
+    with pytest.raises(nvrtc.NvrtcError, match=r"does not compile a kernel: .*no_such_thing"):
         nvrtc.compile_kernel("__device__ int x = no_such_thing;", {}, torch.cuda.get_device_capability())

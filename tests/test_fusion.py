@@ -17,9 +17,9 @@ from cfg_parallel import ConfigurationError, enable_cfg_parallel
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import flat_bytes
 from cfg_parallel.fusion import CHECKED, Fusion
+from cfg_parallel.launch import LaunchError
 from cfg_parallel.leader import Leader
 from cfg_parallel.pending import PendingPrediction, RecordingError, is_unsettled, pending_outputs, settle, settle_all
-from cfg_parallel.launch import LaunchError
 from cfg_parallel.program import Program, interpret
 from reference import reference
 from tiny import TINY, generate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,6 @@ def test_equals_one_gpu(name: str, dtype: torch.dtype, transport: str) -> None:
             assert report.parallel_steps == report.steps >= 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fused() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CFG_PARALLEL_FUSED", "1")
-        yield
-
-
 @pytest.mark.parametrize("name", ["qwen_image", "flux", "wan", "sdxl", "sd3", "instruct_pix2pix"])
 def test_every_step_is_fused_once_its_kind_was_checked(name: str) -> None:
     tiny = TINY[name]
@@ -63,12 +55,11 @@ def test_every_step_is_fused_once_its_kind_was_checked(name: str) -> None:
     assert not report.replayed
 
 
-def test_auto_takes_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CFG_PARALLEL_PEER", raising=False)
+def test_auto_takes_peer_access() -> None:
     pipe = TINY["qwen_image"].build().to("cuda")
     with cfg_parallel.enable_cfg_parallel(pipe) as handle:
         generate(pipe, TINY["qwen_image"].inputs())
-        assert handle.report.transport == "nccl"
+        assert handle.report.transport == "peer"
         assert handle.report.devices == ["cuda:0", "cuda:1"]
 
 

@@ -71,7 +71,10 @@ def _compile(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_kernels_as_cpu_threads(tmp_path: Path, weakened: str | None) -> None:
     """Every byte arrives, waits end, and ThreadSanitizer finds each access ordered; it finds a race as soon as one of
     the memory orders is missing."""
-    for source in [*_ON_CPU.iterdir(), *(_CSRC / name for name in ("peer.h", "peer_wait.h", "peer_wait.cuh", "peer_kernels.cuh"))]:
+    for source in [
+        *_ON_CPU.iterdir(),
+        *(_CSRC / name for name in ("peer.h", "peer_wait.h", "peer_wait.cuh", "peer_kernels.cuh")),
+    ]:
         shutil.copy(source, tmp_path)
     orders = tmp_path / "memory_order.cuh"
     if weakened is not None:

@@ -105,6 +105,44 @@ def test_a_norm_of_rows_that_exact_mode_cannot_sum_is_left_to_pytorch() -> None:
     assert not any(program.has_norm for program in programs)
 
 
+def rescaled(p: Any, n: Any) -> Any:
+    """As rescale_noise_cfg."""
+    g = cfg(p, n)
+    dims = list(range(1, g.dim()))
+    ratio = p.std(dim=dims, keepdim=True) / g.std(dim=dims, keepdim=True)
+    return 0.7 * (g * ratio) + 0.3 * g
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_passes_for_std_rescale(dtype: torch.dtype) -> None:
+    """Neither stores what the other could read: both read the predictions."""
+    sums, result = traced(rescaled, [dtype, dtype], False)
+    assert (sums.correction, len(sums.inputs), len(sums.outputs)) == (1.0, 2, 2)
+    assert [o.strides for o in sums.outputs] == [(1, 0, 0)] * 2
+    assert (result.correction, len(result.inputs), len(result.outputs)) == (None, 4, 1)
+    assert sorted(o.strides for o in result.inputs) == [(1, 0, 0)] * 2 + [(192, 64, 1)] * 2
+    assert len(traced(rescaled, [dtype, dtype], True)) == 2  # around PyTorch's standard deviations
+    assert all(program.correction is None for program in traced(rescaled, [dtype, dtype], True))
+
+
+@pytest.mark.parametrize(
+    ("std", "programs"),
+    [
+        (lambda x: x.std(dim=[1, 2], keepdim=True, correction=0), [0.0]),
+        (lambda x: x.std(dim=(-1, 1), keepdim=True), [1.0]),
+        (lambda x: x.std(dim=[0, 1, 2], keepdim=True), [1.0]),
+        (lambda x: x.std(dim=2, keepdim=True), [1.0]),
+        (lambda x: x.std(dim=[0], keepdim=True), []),  # samples are not first
+        (lambda x: x.std(dim=[1, 2])[:, None, None], []),
+        (lambda x: x.std(), []),
+        (lambda x: x[:, :1, :1].std(dim=[1, 2], keepdim=True), []),  # of one element
+    ],
+)
+def test_standard_deviations_that_programs_compute(std: Callable[..., Any], programs: list[float]) -> None:
+    made = traced(lambda p, n: (p - n) * 2.0 * std(p * 3.0), [torch.float32] * 2, False)
+    assert [program.correction for program in made if program.correction is not None] == programs
+
+
 # Numbers
 
 
@@ -212,6 +250,44 @@ def test_random_program(seed: int) -> None:
     interpret(program, inputs, scalars, outputs[1])
     for got, expected in zip(*outputs, strict=True):
         assert same_bits(got, expected)
+
+
+def _statistics(shape: tuple[int, ...], inputs: list[torch.Tensor], first: int, correction: float) -> Program:
+    """The standard deviations of a - b and of b over the dimensions from `first` on."""
+    operands = tuple(Operand(t.dtype, t.stride()) for t in inputs)
+    kept = torch.empty(shape[:first]).stride()
+    strides = (*kept, *(0 for _ in shape[first:]))
+    outputs = tuple(Operand(torch.float32, strides) for _ in range(2))
+    return Program(shape, operands, outputs, (Instruction(Op.SUB, 0, 1),), (2, 1), correction)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mean", [0.0, 3.0, -1000.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [((2,), 0), ((1, 4099), 1), ((3, 5, 8), 1), ((70, 3, 64, 64), 1), ((2, 9, 77), 2), ((2, 1 << 20), 1)],
+)
+def test_standard_deviations(shape: tuple[int, ...], first: int, dtype: torch.dtype, mean: float) -> None:
+    inputs = [(torch.randn(shape, device="cuda") + mean).to(dtype) for _ in range(2)]
+    program = _statistics(shape, inputs, first, 1.0)
+    outputs = [[torch.empty(shape[:first], device="cuda") for _ in range(2)] for _ in range(3)]
+    interpret(program, inputs, [], outputs[0])
+    for k in (1, 2):
+        launch(program, inputs, [], outputs[k])
+    for expected, got, again in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+        assert torch.equal(got, again)
+
+
+@pytest.mark.gpu
+def test_standard_deviation_of_what_is_not_finite() -> None:
+    for value in (float("inf"), float("nan")):
+        x = torch.randn(2, 1000, device="cuda")
+        x[0, 777] = value
+        out = [torch.empty(2, device="cuda") for _ in range(2)]
+        launch(_statistics((2, 1000), [x, x], 1, 1.0), [x, x], [], out)
+        assert out[1].isnan().tolist() == [True, False]
 
 
 @pytest.mark.gpu

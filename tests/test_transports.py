@@ -398,9 +398,6 @@ def test_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert transports.resolve("host", gpus) == ("host", "asked for")
     assert transports.resolve("nccl", gpus) == ("nccl", "asked for")
     assert transports.resolve("peer", gpus) == ("peer", "asked for")
-    monkeypatch.delenv("CFG_PARALLEL_PEER", raising=False)
-    assert transports.resolve("auto", gpus[:2])[0] == "nccl"
-    monkeypatch.setenv("CFG_PARALLEL_PEER", "1")
     assert transports.resolve("auto", gpus[:2]) == ("peer", "peer access between cuda:0 and cuda:1")
     access -= {(1, 2), (2, 1)}  # followers do not talk to each other
     assert transports.resolve("auto", gpus)[0] == "peer"

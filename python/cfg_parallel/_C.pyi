@@ -21,16 +21,22 @@ def build_info() -> BuildInfo: ...
 def cuda_device_count() -> int:
     """Number of visible CUDA devices; 0 without a GPU or a driver."""
 
+class Kernel:
+    """A compiled kernel on one device, for as long as the process lives."""
+
+    def __init__(self, image: bytes, name: str, device: int) -> None: ...
+
 class Program:
-    """A program for tensors of one shape and layout; `cfg_parallel.program` tells what the arguments mean."""
+    """What does not change from launch to launch: see csrc/program.h. Raises Error."""
 
     def __init__(
         self,
-        shape: Sequence[int],
-        inputs: Sequence[tuple[int, Sequence[int]]],
-        outputs: Sequence[tuple[int, Sequence[int]]],
-        code: Sequence[tuple[int, int, int, int, int, int]],
-        stores: Sequence[int],
+        sizes: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        num_inputs: int,
+        num_scalars: int,
+        width: int,
+        alignments: Sequence[int],
     ) -> None: ...
     def launch(
         self,
@@ -39,19 +45,21 @@ class Program:
         scalars: Sequence[float],
         device: int,
         stream: int,
-        peer: tuple[int, int, int, PeerWait] | None = None,
-    ) -> None:
+        peer: tuple[int, int, int, int, PeerWait] | None = None,
+        statistics: Sequence[int] | None = None,
+    ) -> tuple[int, int, int] | None:
         """Enqueue it on `stream`. An output may be the memory of an input, if both have the same layout.
 
-        `peer` = (input, offset, keep, wait): that input lies so many bytes into the next piece that the peer pushes,
-        and is copied to the address `keep` too, unless that is 0."""
+        Without the kernel that this takes nothing is done, and which one is returned: (device, elements that a thread
+        takes at once, arriving input or -1). `peer` = (input, offset, bytes, keep, wait): that input lies so many bytes
+        into the next piece that the peer pushes, and is copied to the address `keep` too, unless that is 0.
+        `statistics` = (address of the partial sums, of the tickets, elements of a sample, blocks for each)."""
 
-    @property
-    def specialization(self) -> str:
-        """The kernel compiled for exactly this code, such as "cfg bfloat16"; empty when the general kernel runs it."""
+    def add(self, variant: tuple[int, int, int], kernel: Kernel) -> None:
+        """The kernel for what `launch` has returned."""
 
-def specializations() -> list[tuple[str, list[int], list[int], list[tuple[int, int, int, int, int, int]], list[int]]]:
-    """The programs with a kernel of their own: name, input dtypes, output dtypes, code, stores."""
+def kernel_headers() -> dict[str, str]:
+    """What the source of a program's kernel includes: the text of each header by its name."""
 
 def nccl_version() -> int:
     """22809 for 2.28.9. Raises when libnccl.so.2 is neither loaded nor on the loader's path."""

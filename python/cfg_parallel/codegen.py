@@ -39,8 +39,11 @@ def layout(program: Program) -> Layout:
     """Raises Ungeneratable."""
     operands: Sequence[Operand] = (*program.inputs, *program.outputs)
     dims = [d for d in reversed(range(len(program.shape))) if program.shape[d] != 1]
-    if not program.has_norm:  # the threads of a norm's row are neighbours
-        dims.sort(key=lambda d: program.outputs[0].strides[d])
+    order = program.outputs[0].strides
+    if program.correction is not None:  # a sample's elements are neighbours
+        dims.sort(key=lambda d: (order[d] != 0, program.inputs[0].strides[d]))
+    elif not program.has_norm:  # the threads of a norm's row are neighbours
+        dims.sort(key=lambda d: order[d])
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in operands]
     for d in dims:
@@ -69,7 +72,7 @@ def vector_width(program: Program) -> int:
     for strides in where.strides:
         if strides[0] not in (0, 1) or any(stride % width for stride in strides[1:]):
             return 1
-    return width if all(strides[0] == 1 for strides in outputs) else 1
+    return width if program.correction is not None or all(strides[0] == 1 for strides in outputs) else 1
 
 
 def alignments(program: Program, width: int) -> list[int]:
@@ -97,6 +100,8 @@ def source(program: Program, width: int, arriving: int | None = None) -> str:
                 f"contiguous and aligned to 16 bytes"
             )
 
+    line_break = "\n    "
+
     def name(operand: int) -> str:
         return f"tile.template scalar<{operand - SCALAR}>()" if operand >= SCALAR else f"v{operand}"
 
@@ -115,15 +120,36 @@ def source(program: Program, width: int, arriving: int | None = None) -> str:
         if step.round is not torch.float32:
             value = f"rounded<{_TYPES[step.round]}>({value})"
         lines.append(f"const auto v{inputs + k} = {value};")
-    for k, (operand, stored) in enumerate(zip(program.outputs, program.stores, strict=True)):
-        lines.append(f"tile.template store<{k}, {_TYPES[operand.dtype]}>({name(stored)});")
-    body = "\n    ".join(lines)
-    waits = arriving is not None
+
+    def store(k: int, value: str) -> str:
+        return f"tile.template store<{k}, {_TYPES[program.outputs[k].dtype]}>({value});"
+
     parameters = "const __grid_constant__ ProgramArgs<Code> args"
     bounds = "kProgramThreads"
-    if waits:
+    call = "run_program<Code>(args)"
+    functions = [("const Tile& tile", [*lines, *(store(k, name(stored)) for k, stored in enumerate(program.stores))])]
+    if program.correction is not None:
+        parameters += ", const __grid_constant__ StatisticsArgs statistics"
+        call = "run_statistics<Code>(args, statistics)"
+        adds = [f"tile.add(moments[{k}], {name(stored)});" for k, stored in enumerate(program.stores)]
+        stores = [store(k, f"values[{k}]") for k in range(len(program.outputs))]
+        functions = [
+            ("const Tile& tile, Moments (&moments)[kOutputs]", [*lines, *adds]),
+            ("const Tile& tile, const float (&values)[kOutputs]", stores),
+        ]
+    elif arriving is not None:
         parameters += ", const __grid_constant__ ArrivingInput input"
         bounds += ", 2 * kWaitingBlocksPerSm"
+        call = "run_program<Code>(args, input)"
+    bodies = "".join(
+        f"""
+  template <typename Tile>
+  __device__ __forceinline__ static void {function}({arguments}) {{
+    {line_break.join(body)}
+  }}
+"""
+        for function, (arguments, body) in zip(("run", "store"), functions, strict=False)
+    )
     return f"""#include "program_kernel.cuh"
 
 namespace cfg_parallel {{
@@ -137,16 +163,12 @@ struct Code {{
   static constexpr bool kHasNorm = {str(program.has_norm).lower()};
   static constexpr int kArriving = {arriving if arriving is not None else -1};
   static constexpr int kArrivingBytes = {program.inputs[arriving].dtype.itemsize if arriving is not None else 0};
-
-  template <typename Tile>
-  __device__ __forceinline__ static void run(const Tile& tile) {{
-    {body}
-  }}
-}};
+  static constexpr double kCorrection = {program.correction or 0.0};
+{bodies}}};
 
 extern "C" __global__ void __launch_bounds__({bounds})
     cfg_parallel_program({parameters}) {{
-  run_program<Code>(args{", input" if waits else ""});
+  {call};
 }}
 
 }}  // namespace cfg_parallel

@@ -56,8 +56,8 @@ def enable_cfg_parallel(
         cfg_parallel_size: how many devices share the passes of a step, at least 1; 1 changes nothing but gives reports.
         devices: one device for each, the first being the pipeline's own; "cpu" may repeat (a process each). Default:
             the pipeline's device and the next visible GPUs; for a pipeline on the CPU, as many CPU processes.
-        transport: "auto", "peer" (CUDA IPC), "nccl" or "host" (shared memory). "auto" takes NCCL between GPUs, and with
-            the environment variable CFG_PARALLEL_PEER=1 "peer" between those that can write into each other's memory.
+        transport: "auto", "peer" (CUDA IPC), "nccl" or "host" (shared memory). "auto" takes "peer" between GPUs
+            that can write into each other's memory, and "nccl" between others.
         numerics: "exact" gives the bits of PyTorch's op-by-op arithmetic; "fused" computes guidance and the scheduler's
             step in fp32 and rounds at the end, which is closer to the true value and another image.
         follower_timeout: seconds without an answer after which a follower is given up.

@@ -20,6 +20,7 @@ from cfg_parallel.launch import Execute, LaunchError
 from cfg_parallel.lowering import (
     BINARY,
     NORM,
+    STD,
     VIEWS,
     Launch,
     Leaf,
@@ -30,8 +31,11 @@ from cfg_parallel.lowering import (
     Unfusable,
     is_elementwise,
     is_row_norm,
+    is_sample_std,
+    shape_of,
     view_dims,
 )
+from cfg_parallel.numerics import same_bits
 from cfg_parallel.pending import settle
 from cfg_parallel.recording import Node, Ref, ancestors, check_versions, recording, replay, run
 from cfg_parallel.rules import name_of
@@ -231,7 +235,7 @@ class Fusion:
             for position, value in zip(action.outputs, outputs, strict=True):
                 expected = recorded.nodes[position].values
                 assert expected is not None
-                if not _same_bits(value, expected[0]):
+                if not same_bits(value, expected[0]):
                     self._give_up(
                         plan, recorded, f"the fused kernel ({plan.label}) does not round as PyTorch does here"
                     )
@@ -360,6 +364,8 @@ class _Planner:
         self._by_torch: set[int] = set()
         self._computed: list[bool] = []
         self._stage: list[int] = []
+        self._sums: list[bool] = []  # standard deviations, which a program of their own computes
+        self._again: list[bool] = []  # computed by every program that needs it
         self.borrowed: frozenset[int] = frozenset()
 
     def plan(self, wanted: frozenset[int]) -> tuple[list[int | Launch], list[int]]:
@@ -375,23 +381,26 @@ class _Planner:
         for stage in range(max(self._stage) + 1):
             members = [i for i in range(len(self._steps)) if self._stage[i] == stage]
             actions += [i for i in members if not self._computed[i]]
-            by_shape: dict[tuple[int, ...], list[int]] = {}
+            together: dict[Any, list[int]] = {}
             for i in members:
                 if i in required:
-                    shape = tuple(size for size in self._steps[i].shape if size != 1)
-                    by_shape.setdefault(shape, []).append(i)
-            for shape, outputs in by_shape.items():
+                    step = self._steps[i]
+                    kind = (step.shape, step.kwargs.get("correction")) if self._sums[i] else None
+                    shape = shape_of(step.args[0]) if self._sums[i] else step.shape
+                    together.setdefault((tuple(size for size in shape if size != 1), kind), []).append(i)
+            for (shape, _), outputs in together.items():
                 actions += self._launches(shape, outputs, stage)
         self.borrowed = self._borrowed(actions)
         return actions, [i for i, computed in enumerate(self._computed) if computed and i not in required]
 
     def _classify(self, wanted: frozenset[int]) -> None:
-        self._computed, self._stage = [], []
+        self._computed, self._stage, self._sums = [], [], []
         for i, step in enumerate(self._steps):
             operands = [self._position[ref.node] for ref in step.refs()]
             computed = i not in self._by_torch and self._can_compute(step)
             self._computed.append(computed)
-            waits = [self._stage[p] + (self._computed[p] and not computed) for p in operands]
+            self._sums.append(computed and step.op is STD)
+            waits = [self._stage[p] + ((self._computed[p] and not computed) or self._sums[p]) for p in operands]
             self._stage.append(max(waits, default=0))
         # As late as its readers allow: what one program computes for the next need not be stored.
         readers: dict[int, list[int]] = {}
@@ -401,13 +410,22 @@ class _Planner:
         for i in reversed(range(len(self._steps))):
             mine = readers.get(i, [])
             if self._computed[i] and mine and i not in wanted and all(self._computed[reader] for reader in mine):
-                self._stage[i] = min(self._stage[reader] for reader in mine)
+                self._stage[i] = min(self._stage[reader] for reader in mine) - self._sums[i]
+        # Beside sums over samples, what comes of predictions alone is computed again and not stored: it would have to
+        # be read like they are.
+        self._again = [False] * len(self._steps)
+        for i, step in enumerate(self._steps):
+            operands = [self._position[ref.node] for ref in step.refs()]
+            elementwise = self._computed[i] and not self._sums[i] and any(self._sums)
+            self._again[i] = elementwise and all(self._nodes[p].op is None or self._again[p] for p in operands)
 
     def _can_compute(self, step: Step) -> bool:
         if step.op in VIEWS:
             base = step.args[0]
             on_computed = isinstance(base, Ref) and self._computed[self._position[base.node]]
             return on_computed and view_dims(step, base.spec[0]) is not None
+        if step.op is STD:
+            return self._on_gpu and is_sample_std(step, self._exact)
         if step.op is NORM:
             return self._with_norm and self._on_gpu and is_row_norm(step, self._exact)
         return is_elementwise(step, self._exact, self._on_gpu)
@@ -431,7 +449,8 @@ class _Planner:
         for i, step in enumerate(self._steps):
             for ref in step.refs():
                 p = self._position[ref.node]
-                if self._computed[p] and (not self._computed[i] or self._stage[i] > self._stage[p]):
+                later = self._stage[i] > self._stage[p] and not self._again[p]
+                if self._computed[p] and (not self._computed[i] or later):
                     required.add(p)
         return required
 
@@ -444,7 +463,7 @@ class _Planner:
             if len(outputs) == 1:
                 raise
             return [action for output in outputs for action in self._launches(shape, [output], stage)]
-        alone = len(launch.program.code) < 2 and len(outputs) == 1 and not self._has_place
+        alone = len(launch.program.code) < 2 and len(outputs) == 1 and not (self._has_place or self._sums[outputs[0]])
         reads = [self._position[ref.node] for ref in self._steps[outputs[0]].refs()]
         if alone and not any(self._computed[p] and self._stage[p] == stage for p in reads):
             return [outputs[0]]  # PyTorch's own kernel does as well
@@ -452,13 +471,8 @@ class _Planner:
 
     def _lower(self, shape: tuple[int, ...], outputs: list[int], stage: int) -> Launch:
         def computed(i: int) -> bool:
-            return self._computed[i] and self._stage[i] == stage
+            return self._computed[i] and (self._stage[i] == stage or self._again[i]) and not self._sums[i]
 
-        return Lowering(self._steps, self._position, computed, shape, self._exact, self._on_gpu).launch(outputs)
+        lowering = Lowering(self._steps, self._position, computed, shape, self._exact, self._on_gpu)
+        return lowering.standard_deviations(outputs) if self._sums[outputs[0]] else lowering.launch(outputs)
 
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    whole = {2: torch.int16, 4: torch.int32}[a.element_size()]
-    if any(size > 1 and x != y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)):
-        return False
-    return torch.equal(a.view(whole), b.view(whole))

@@ -15,8 +15,8 @@ import torch
 from cfg_parallel import extension
 from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.fusion import Fusion
-from cfg_parallel.pending import PendingPrediction, outputs_of
 from cfg_parallel.launch import executor, launch
+from cfg_parallel.pending import PendingPrediction, outputs_of
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -21,6 +21,9 @@ class LaunchError(CfgParallelError):
     """The kernels cannot run a program, on these tensors. Nothing was launched."""
 
 
+_STATISTICS_BLOCKS_PER_SM = 8
+_MOST_SAMPLES = 65535  # of a grid's second dimension
+
 Execute = Callable[..., None]  # `launch`, or what takes its place
 
 
@@ -59,16 +62,35 @@ def launch(
     addresses = [_address(tensor) for tensor in inputs], [tensor.data_ptr() for tensor in outputs]
     try:
         native = _native(program)
-        missing = native.launch(*addresses, scalars, device.index, stream, peer)
+        statistics: Any = None
+        if program.correction is not None:
+            _held, *statistics = _scratch(program, device)  # until the kernel is enqueued
+        missing = native.launch(*addresses, scalars, device.index, stream, peer, statistics)
         if missing is not None:
             _, width, arriving = missing
             text = codegen.source(program, width, arriving if arriving >= 0 else None)
             native.add(missing, _kernel(text, device.index))
-            native.launch(*addresses, scalars, device.index, stream, peer)
+            native.launch(*addresses, scalars, device.index, stream, peer, statistics)
     except (extension.load().Error, codegen.Ungeneratable, nvrtc.NvrtcError) as error:
         raise LaunchError(str(error)) from error
     if arrival is not None:
         arrival.launched()
+
+
+def _scratch(program: Program, device: torch.device) -> tuple[torch.Tensor, int, int, int, int]:
+    """Memory for what a program's blocks find, and what the kernel is told of it."""
+    samples = math.prod(
+        size for size, stride in zip(program.shape, program.outputs[0].strides, strict=True) if stride != 0
+    )
+    if samples > _MOST_SAMPLES:
+        raise LaunchError(f"there are more than {_MOST_SAMPLES} samples")
+    per_sample = math.prod(program.shape) // samples
+    on_gpu = torch.cuda.get_device_properties(device).multi_processor_count * _STATISTICS_BLOCKS_PER_SM
+    blocks = max(1, min(per_sample // (256 * codegen.VEC), on_gpu // samples))
+    tickets = -(-samples // 2)  # of 4 bytes, in places of 8
+    scratch = torch.zeros(tickets + samples * blocks * len(program.outputs) * 3, dtype=torch.float64, device=device)
+    address = scratch.data_ptr()
+    return scratch, address + 8 * tickets, address, per_sample, blocks
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -21,6 +21,7 @@ from cfg_parallel.calls import Call, Denoiser, deal
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.fusion import Fusion
+from cfg_parallel.launch import executor
 from cfg_parallel.pending import (
     Node,
     PendingPrediction,
@@ -32,7 +33,6 @@ from cfg_parallel.pending import (
     settle,
     settled_outputs,
 )
-from cfg_parallel.launch import executor
 from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
 from cfg_parallel.timing import Mark, mark

@@ -143,6 +143,7 @@ ELEMENTWISE = (
     | {aten.square.default, aten.pow.Tensor_Scalar, aten.clamp.default, aten.lerp.Scalar}
 )
 NORM = aten.linalg_vector_norm.default
+STD = aten.std.correction
 VIEWS = frozenset(
     [
         aten.alias.default,
@@ -188,7 +189,7 @@ def _can_read(arg: Leaf | Ref, step: Step, on_gpu: bool) -> bool:
     if _dtype(arg) not in DTYPES or (isinstance(arg, Leaf) and not arg.on_device):
         return False
     # In host memory a tensor of no dimensions enters arithmetic with tensors of another dtype in fp32.
-    shape = arg.shape if isinstance(arg, Leaf) else arg.spec[0]
+    shape = shape_of(arg)
     return on_gpu or bool(shape) or not step.shape or _dtype(arg) is step.dtype
 
 
@@ -199,10 +200,22 @@ def is_row_norm(step: Step, exact: bool) -> bool:
     x, order, dims, keepdim, dtype = (*step.args, *(2, None, False)[len(step.args) - 1 :], step.kwargs.get("dtype"))[:5]
     if not isinstance(x, (Leaf, Ref)) or order != 2 or dtype is not None or not keepdim or _dtype(x) is not step.dtype:
         return False
-    shape = x.shape if isinstance(x, Leaf) else x.spec[0]
+    shape = shape_of(x)
     if len(shape) < 2 or list(dims or ()) not in ([-1], [len(shape) - 1]):
         return False
     return shape[-1] in (EXACT_NORM_SIZES if exact else NORM_SIZES)
+
+
+def is_sample_std(step: Step, exact: bool) -> bool:
+    """Whether a program can compute this standard deviation: over all dimensions behind some first ones."""
+    if exact or step.op is not STD or step.dtype not in DTYPES or not step.on_device:
+        return False
+    x, dims = (*step.args, None)[:2]
+    if not isinstance(x, (Leaf, Ref)) or _dtype(x) is not step.dtype or not step.kwargs.get("keepdim", False):
+        return False
+    rank = len(shape_of(x))
+    reduced = sorted(d % rank for d in dims) if rank and dims is not None else []
+    return bool(reduced) and reduced == list(range(reduced[0], rank)) and math.prod(shape_of(x)[reduced[0] :]) > 1
 
 
 def view_dims(step: Step, shape: tuple[int, ...]) -> list[int] | None:
@@ -227,6 +240,10 @@ def view_dims(step: Step, shape: tuple[int, ...]) -> list[int] | None:
         return None
     places = iter(kept)
     return [-1 if size == 1 else next(places) for size in step.shape]
+
+
+def shape_of(operand: Leaf | Ref) -> tuple[int, ...]:
+    return operand.shape if isinstance(operand, Leaf) else operand.spec[0]
 
 
 def _dtype(operand: Leaf | Ref) -> torch.dtype:
@@ -271,6 +288,20 @@ class Lowering:
         ]
         return self._number(roots, operands, tuple(outputs))
 
+    def standard_deviations(self, outputs: Sequence[int]) -> Launch:
+        """Of steps that are `is_sample_std`, over tensors of this program's shape, with one correction."""
+        roots, operands = [], []
+        for position in outputs:
+            step = self.steps[position]
+            shape = shape_of(step.args[0])
+            count = iter(range(len(self.shape)))
+            roots.append(self._read(step.args[0], tuple(next(count) if size != 1 else -1 for size in shape)))
+            along = [0 if size == 1 else stride for size, stride in zip(step.shape, step.strides, strict=True)]
+            operands.append(Operand(step.dtype, self._strides(shape, tuple(along))))
+        launch = self._number(roots, operands, tuple(outputs))
+        correction = self.steps[outputs[0]].kwargs.get("correction")
+        return replace(launch, program=replace(launch.program, correction=1.0 if correction is None else correction))
+
     def _strides(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(stride for size, stride in zip(shape, strides, strict=True) if size != 1)
 
@@ -290,7 +321,7 @@ class Lowering:
         if step.op in VIEWS:
             return self._operand(step.args[0], step, dims)
         if step.op is NORM:
-            if not self.shape or len(self.shape) - 1 in dims or _last_size(step.args[0]) != self.shape[-1]:
+            if not self.shape or len(self.shape) - 1 in dims or shape_of(step.args[0])[-1] != self.shape[-1]:
                 raise Unfusable("a norm is not over the last dimension")
             x = self._read(step.args[0], (*dims[:-1], len(self.shape) - 1))
             return self._emit(Op.NORM, (x,), rounding)
@@ -350,7 +381,7 @@ class Lowering:
 
     def _operand(self, arg: Leaf | Ref, step: Step, dims: tuple[int, ...]) -> int:
         """An operand of `step`, broadcast against it or seen through it."""
-        shape = arg.shape if isinstance(arg, Leaf) else arg.spec[0]
+        shape = shape_of(arg)
         if step.op in VIEWS:
             places = view_dims(step, shape)
             assert places is not None
@@ -421,7 +452,3 @@ def _number_on_cpu(operand: Any, op: Op, step: Step, first: bool) -> Any:
     if isinstance(operand, Scalar) and (op in (Op.ADD, Op.SUB) or (first and operand.is_tensor)):
         return replace(operand, round=step.dtype)
     return operand
-
-
-def _last_size(arg: Leaf | Ref) -> int:
-    return (arg.shape if isinstance(arg, Leaf) else arg.spec[0])[-1]

@@ -77,7 +77,9 @@ def compile_kernel(source: str, headers: dict[str, str], capability: tuple[int, 
         status = library.nvrtcCompileProgram(program, len(options), options)
         if status != 0:
             log = _bytes_of(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program, check)
-            raise NvrtcError(f"NVRTC does not compile a kernel: {log.rstrip(bytes(1)).decode(errors='replace').strip()}")
+            raise NvrtcError(
+                f"NVRTC does not compile a kernel: {log.rstrip(bytes(1)).decode(errors='replace').strip()}"
+            )
         return _bytes_of(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program, check)
     finally:
         check(library.nvrtcDestroyProgram(ctypes.byref(program)))

@@ -75,13 +75,17 @@ class Operand:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """`code` over every element of `shape`. `stores[i]` is the number of the value that becomes output i."""
+    """`code` over every element of `shape`. `stores[i]` is the number of the value that becomes output i.
+
+    With a `correction`, output i is in place of that the value's standard deviation, with `correction` fewer degrees of
+    freedom than elements, over the dimensions along which the output's stride is 0."""
 
     shape: tuple[int, ...]
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     code: tuple[Instruction, ...]
     stores: tuple[int, ...]
+    correction: float | None = None
 
     @property
     def has_norm(self) -> bool:
@@ -109,7 +113,7 @@ def interpret(
     arrival: Arrival | None = None,
     keep: torch.Tensor | None = None,
 ) -> None:
-    """What `launch` (launch.py) does, by PyTorch ops: in fp32, and in fp64 for FMA, which a second rounding can put off by one."""
+    """What `launch` (launch.py) does, by PyTorch ops: in fp32, and in fp64 where a second rounding could show."""
     device = outputs[0].device
     values: list[torch.Tensor] = []
     for tensor, operand in zip(inputs, program.inputs, strict=True):
@@ -121,16 +125,22 @@ def interpret(
             arrival.copy_out([flat_bytes(tensor)])
         values.append(tensor.as_strided(program.shape, operand.strides).float())
 
-    def value(operand: int) -> torch.Tensor:
+    def operand_value(operand: int) -> torch.Tensor:
         if operand >= SCALAR:
             return torch.tensor(scalars[operand - SCALAR], dtype=torch.float32, device=device)
         return values[operand]
 
     for step in program.code:
-        result = _SEMANTICS[step.op](*map(value, (step.a, step.b, step.c)[: step.op.arity]))
+        result = _SEMANTICS[step.op](*map(operand_value, (step.a, step.b, step.c)[: step.op.arity]))
         values.append(result.to(step.round).float().expand(program.shape))
     for out, stored, operand in zip(outputs, program.stores, program.outputs, strict=True):
-        out.as_strided(program.shape, operand.strides).copy_(values[stored])
+        value = values[stored]
+        shape = program.shape
+        if program.correction is not None:
+            dims = [d for d, stride in enumerate(operand.strides) if stride == 0]
+            value = value.double().std(dims, correction=program.correction, keepdim=True)  # type: ignore[call-overload]
+            shape = tuple(value.shape)
+        out.as_strided(shape, operand.strides).copy_(value)
 
 
 _SEMANTICS: dict[Op, Any] = {

@@ -16,7 +16,6 @@ memory), `nccl`, and `peer` (CUDA IPC), which can also lend a message to a kerne
 from __future__ import annotations
 
 import itertools
-import os
 
 import torch
 
@@ -48,8 +47,6 @@ def resolve(name: str, devices: list[torch.device]) -> tuple[str, str]:
         if name == "peer":
             raise ConfigurationError(f"transport='peer' needs the compiled extension: {missing}")
         return "host", f"peer and nccl need the compiled extension: {missing}"
-    if name == "auto" and os.environ.get("CFG_PARALLEL_PEER") != "1":
-        return "nccl", "peer is new: transport='peer' or CFG_PARALLEL_PEER=1 turns it on"
     without = _pair_without_access(devices)
     if without is not None:
         reason = f"no peer access between {without}"

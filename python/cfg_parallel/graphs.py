@@ -1,0 +1,233 @@
+"""CUDA graphs of a denoiser's forward: one for each kind of call, captured when it pays and replayed from then on.
+
+A forward of a small model takes the host longer to launch than the GPU to run. A graph is launched at once, by either
+side of a step. It runs the kernels of the eager forward; before a graph is used, its result on the arguments at hand is
+compared with the eager one bit for bit. What cannot be captured stays eager, and the report says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from cfg_parallel.codec import TensorSpec, decode, encode_plain
+from cfg_parallel.numerics import same_bits
+from cfg_parallel.timing import Mark, mark
+
+GraphMode = Literal["auto", True, False]
+
+_MOST_GRAPHS = 16  # on a device, the least recently used ones go; they share their working memory
+_MOST_SEEN = 1024  # kinds of calls that are counted
+_EAGER_CALLS = 2  # before a capture: the first call allocates, compiles and picks algorithms
+_CALLS_WHEN_GPU_BOUND = 30  # "auto": a graph saves a few percent then, and capturing costs two forwards
+_LAUNCH_BOUND = 0.8  # of the GPU's time for a forward that the host needs to launch it
+_FEW_REPLAYS = 8  # a graph that was replayed less than this was not worth its capture
+_PATIENCE = 3  # such graphs, or failed captures, one after the other, until a denoiser is left alone
+
+Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+
+
+class UncapturableError(RuntimeError):
+    """Why a forward cannot be a graph."""
+
+
+@dataclass(slots=True)
+class Graph:
+    """A captured forward. `arguments` are read and `results` written by every replay."""
+
+    replay: Callable[[], None]
+    arguments: list[torch.Tensor]
+    body: bytes  # of the output
+    results: list[torch.Tensor]
+    replays: int = 0
+    seen: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # what `arguments` were last copied from
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The output for these arguments, in memory of its own."""
+        for i, (place, tensor) in enumerate(zip(self.arguments, tensors, strict=True)):
+            version = -1 if tensor.is_inference() else tensor._version
+            if self.seen and version != -1 and self.seen[i][0] is tensor and self.seen[i][1] == version:
+                continue
+            place.copy_(tensor)
+        self.seen = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        self.replay()
+        self.replays += 1
+        return decode(self.body, [result.clone() for result in self.results])
+
+
+@dataclass(slots=True)
+class _Kind:
+    """What is known of the calls of one kind until they have a graph."""
+
+    calls: int = 0
+    host_ms: float = 0.0  # to launch the last forward
+    marks: tuple[Mark, Mark] | None = None  # around it on the device
+    refused: bool = False
+
+
+class Graphs:
+    """Runs the forwards of one device. `replayed` and `eager` count them since `begin`, the latter by reason."""
+
+    def __init__(self, device: torch.device, mode: GraphMode, capture: Capture | None = None) -> None:
+        self.device = device
+        self.mode = mode
+        self.replayed = 0
+        self.captured = 0
+        self.eager: Counter[str] = Counter()
+        self._capture = capture or _CudaCapture(device)
+        self._graphs: OrderedDict[Any, Graph] = OrderedDict()
+        self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
+        self._wasted: Counter[str] = Counter()  # denoiser -> captures in a row that were not worth it
+        self._reasons: dict[str, str] = {}  # denoiser -> why its last capture failed
+        self._settings: Any = None
+
+    @property
+    def on(self) -> bool:
+        return self.mode is not False
+
+    def begin(self, settings: Any) -> None:
+        """Before a generation; `settings` of PyTorch change the kernels that a forward runs."""
+        self.replayed = self.captured = 0
+        self.eager.clear()
+        if settings != self._settings:
+            self._forget_all(lambda key: True)
+        self._settings = settings
+
+    def end(self) -> None:
+        """After a generation: its prompts and latents need not stay."""
+        for graph in self._graphs.values():
+            graph.seen = []
+
+    def forget(self, denoiser: str) -> None:
+        """The denoiser has changed."""
+        self._forget_all(lambda key: key[0] == denoiser)
+        self._wasted.pop(denoiser, None)
+        self._reasons.pop(denoiser, None)
+
+    def _forget_all(self, which: Callable[[Any], bool]) -> None:
+        for known in (self._graphs, self._kinds):
+            for key in [key for key in known if which(key)]:
+                del known[key]  # type: ignore[attr-defined]
+
+    def run(self, denoiser: str, module: torch.nn.Module, body: bytes, tensors: Sequence[torch.Tensor]) -> Any:
+        """The denoiser's output. `body` and `tensors` are what encode_plain makes of ((args, kwargs), context)."""
+        cast = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
+        modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        key = (denoiser, body, cast, modes, *(TensorSpec.of(tensor, self.device) for tensor in tensors))
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            self.replayed += 1
+            return graph.run(tensors)
+        kind = self._kinds.setdefault(key, _Kind())
+        self._kinds.move_to_end(key)
+        while len(self._kinds) > _MOST_SEEN:
+            self._kinds.popitem(last=False)
+        why = self._why_not_now(denoiser, kind)
+        start, clock = mark(self.device), time.perf_counter()
+        (args, kwargs), _ = decode(body, tensors)
+        output = module(*args, **kwargs)
+        kind.host_ms = (time.perf_counter() - clock) * 1e3
+        kind.marks = start, mark(self.device)
+        kind.calls += 1
+        if why is None:
+            why = self._try_capture(key, kind, denoiser, module, body, tensors, output)
+        self.eager[why] += 1
+        return output
+
+    def _why_not_now(self, denoiser: str, kind: _Kind) -> str | None:
+        """Why this call is not the one to capture a graph at."""
+        if kind.refused or self._wasted[denoiser] >= _PATIENCE:
+            return self._reasons.get(denoiser, "calls of one kind are too few for a graph to pay")
+        if kind.calls < _EAGER_CALLS:
+            return "the first calls of a kind are eager"
+        if self.mode == "auto" and kind.calls < _CALLS_WHEN_GPU_BOUND and not self._is_launch_bound(kind):
+            return "the GPU is the limit, not the launching"
+        return None
+
+    def _is_launch_bound(self, kind: _Kind) -> bool:
+        assert kind.marks is not None
+        start, end = kind.marks
+        if isinstance(start, float) or isinstance(end, float):
+            return True
+        # Not reached yet: the GPU is a whole call behind the host.
+        return end.query() and kind.host_ms > _LAUNCH_BOUND * start.elapsed_time(end)
+
+    def _try_capture(
+        self,
+        key: Any,
+        kind: _Kind,
+        denoiser: str,
+        module: torch.nn.Module,
+        body: bytes,
+        tensors: Sequence[torch.Tensor],
+        expected: Any,
+    ) -> str:
+        """Capture a graph for the next call of this kind; why this one was eager."""
+        try:
+            graph = self._make(module, body, tensors)
+            expected_body, values = encode_plain(expected)
+            results = encode_plain(graph.run(tensors))[1]
+            if expected_body != graph.body or not all(map(same_bits, values, results)):  # type: ignore[arg-type]
+                raise UncapturableError("the graph's prediction is not the eager one")
+        except Exception as error:  # whatever a model does that a graph cannot
+            kind.refused = True
+            self._wasted[denoiser] += 1
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            self._reasons[denoiser] = f"the forward cannot be captured: {first or type(error).__name__}"
+            return self._reasons[denoiser]
+        graph.replays = 0
+        self.captured += 1
+        del self._kinds[key]
+        self._graphs[key] = graph
+        while len(self._graphs) > _MOST_GRAPHS:
+            old, evicted = self._graphs.popitem(last=False)
+            self._wasted[old[0]] = self._wasted[old[0]] + 1 if evicted.replays < _FEW_REPLAYS else 0
+        return "the first calls of a kind are eager"
+
+    def _make(self, module: torch.nn.Module, body: bytes, tensors: Sequence[torch.Tensor]) -> Graph:
+        if any(tensor.device != self.device for tensor in tensors):
+            raise UncapturableError("one of its arguments is in host memory")  # what it reads there would stay as it is
+        with torch.inference_mode(False):  # so that any tensor can be copied into them
+            places = [TensorSpec.of(tensor, self.device).empty(self.device).copy_(tensor) for tensor in tensors]
+        versions = [place._version for place in places]
+        (args, kwargs), _ = decode(body, places)
+
+        def forward() -> Any:
+            return encode_plain(module(*args, **kwargs))
+
+        (output, results), replay = self._capture(forward)
+        if versions != [place._version for place in places]:
+            raise UncapturableError("it overwrites one of its arguments")
+        return Graph(replay, places, output, results)
+
+
+class _CudaCapture:
+    """Captures on a stream of its own. All graphs use the same working memory: none runs beside another, and what they
+    leave behind is copied before the next one starts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = None
+        self._pool: Any = None
+
+    def __call__(self, forward: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            cast = torch.is_autocast_enabled("cuda")
+            # Weights that autocast has cast and kept would be freed before the graph is.
+            autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=cast, cache_enabled=False)
+            # Other threads, of the transport for one, go on calling CUDA.
+            capturing = torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            )
+            with autocast, capturing:
+                output = forward()
+            return output, graph.replay
