@@ -482,7 +482,10 @@ def work(side: Side, args: argparse.Namespace, rows: list[dict[str, Any]]) -> No
 
 def follow(conn: Connection, args: argparse.Namespace) -> None:
     """The follower's process. It ends with the leader's, whatever its GPU is doing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A signal goes to the whole process group. The leader ends, and takes this process along: if this one ended first,
+    # the leader could stay for good in a wait for it that no signal ends, such as that for NCCL to connect.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
     def end_with_parent() -> None:
         parent = multiprocessing.parent_process()

@@ -47,6 +47,17 @@ __device__ __forceinline__ std::uint32_t atom_add_acq_rel_gpu(std::uint32_t* add
   return before;
 }
 
+// True when the value was `expected`; then it is `value` now.
+__device__ __forceinline__ bool atom_cas_relaxed_gpu(std::uint64_t* address, std::uint64_t expected,
+                                                     std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.cas.relaxed.gpu.global.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(address), "l"(expected), "l"(value)
+               : "memory");
+  return before == expected;
+}
+
 // Nanoseconds, from a clock that all SMs of the GPU share. Its step is 32 ns on some GPUs and about 1 us on others.
 __device__ __forceinline__ std::uint64_t global_timer_ns() {
   std::uint64_t value;

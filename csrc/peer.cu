@@ -23,6 +23,7 @@ struct Control {
   alignas(128) PeerCounter pushed;
   alignas(128) PeerCounter pulled;
   alignas(128) std::uint64_t failed;  // a kernel of this side has given up a wait
+  std::uint64_t looked;               // when a kernel of this side last looked at the host's `abort`
 };
 
 // Pinned host memory that the GPU reads and writes.
@@ -100,6 +101,7 @@ struct PeerEndpoint::State {
 
   PeerLimits limits(std::uint32_t* failure) const {
     return {.abort = &host->abort,
+            .looked = &control()->looked,
             .failure = failure,
             .failed = &control()->failed,
             .peer_failed = &control()->peer_failed,
@@ -110,10 +112,10 @@ struct PeerEndpoint::State {
     return {.limits = limits(&host->push_failure), .counter = &control()->pushed, .consumed = &control()->consumed};
   }
   // At most `per_sm` blocks for each SM, and at least a tile for each block: the smallest tiles that are not more than
-  // the blocks, up to kPeerTileBytes.
-  int tile_shift(const PeerTable& table, int per_sm) const {
+  // the blocks, of up to `most` bytes.
+  int tile_shift(const PeerTable& table, int per_sm, std::int64_t most) const {
     int shift = chunk_shift();
-    while ((std::int64_t{1} << shift) < kPeerTileBytes && tiles(table, shift) > std::int64_t{per_sm} * num_sms) ++shift;
+    while ((std::int64_t{1} << shift) < most && tiles(table, shift) > std::int64_t{per_sm} * num_sms) ++shift;
     return shift;
   }
   unsigned grid(const PeerTable& table, int shift, int per_sm) const {
@@ -242,7 +244,7 @@ void PeerEndpoint::push(const std::vector<PeerSegment>& segments, cudaStream_t s
                 .chunk_shift = state.chunk_shift(),
                 .tile_shift = 0,
                 .table = to_table(segments, state.slot_bytes)};
-  push.tile_shift = state.tile_shift(push.table, state.push_blocks_per_sm);
+  push.tile_shift = state.tile_shift(push.table, state.push_blocks_per_sm, kPeerPushTile);
   const unsigned blocks = state.grid(push.table, push.tile_shift, state.push_blocks_per_sm);
   const DeviceGuard guard(state.device);
   peer_push_kernel<<<blocks, kPeerThreads, 0, stream>>>(push);
@@ -252,7 +254,7 @@ void PeerEndpoint::push(const std::vector<PeerSegment>& segments, cudaStream_t s
 void PeerEndpoint::pull(const std::vector<PeerSegment>& segments, cudaStream_t stream) {
   const State& state = *state_;
   PeerPull pull{.wait = wait(), .tile_shift = 0, .table = to_table(segments, state.slot_bytes)};
-  pull.tile_shift = state.tile_shift(pull.table, kPeerBlocksPerSm);
+  pull.tile_shift = state.tile_shift(pull.table, kPeerBlocksPerSm, kPeerPullTile);
   const unsigned blocks = state.grid(pull.table, pull.tile_shift, kPeerBlocksPerSm);
   const DeviceGuard guard(state.device);
   peer_pull_kernel<<<blocks, kPeerThreads, 0, stream>>>(pull);

@@ -12,8 +12,10 @@ constexpr int kPeerThreads = 256;
 constexpr int kPeerUnroll = 4;
 // A block copies a tile at a time: one chunk, or several where there are more chunks than blocks, because the fence
 // ahead of the flags takes as long as some KiB on the link. At most this many bytes, so that the receiver gets to work
-// while the rest is on its way.
-constexpr std::int64_t kPeerTileBytes = 16 << 10;
+// while the rest is on its way. 132 blocks, one for each SM, with 32 KiB fill the link; more of either only have more
+// bytes wait for it, so that the first chunk lands later.
+constexpr std::int64_t kPeerPushTile = 32 << 10;
+constexpr std::int64_t kPeerPullTile = 16 << 10;
 
 // By value, in the constant bank. What every message needs comes first: a block waits for each line that it reads
 // there.

@@ -1,5 +1,5 @@
-// What a kernel is told to be able to wait for the peer's next piece: see peer.h, and peer_wait.cuh, which uses it. Also
-// compiled at run time, so it includes next to nothing.
+// What a kernel is told to be able to wait for the peer's next piece: see peer.h, and peer_wait.cuh, which uses it.
+// Also compiled at run time, so it includes next to nothing.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,7 @@ struct PeerCounter {
 // What ends a wait, besides what it waits for.
 struct PeerLimits {
   const std::uint32_t* abort;        // host memory: not 0 when the host wants every wait to end
+  std::uint64_t* looked;             // this GPU: when one of its threads last looked at that, by its clock
   std::uint32_t* failure;            // host memory: a PeerFailure; tells the host that a wait was given up
   std::uint64_t* failed;             // this GPU: not 0 when any wait of this side was given up
   const std::uint32_t* peer_failed;  // this GPU, written by the peer: the same of the peer

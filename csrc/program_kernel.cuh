@@ -166,13 +166,15 @@ struct Moments {
   float squares = 0;
 };
 
-// How an input that is on its way is read.
+// How a block reads an input that is on its way: its part of it lies in bytes [begin, end) of the piece.
 struct Arrival {
   const PeerReader* reader = nullptr;
-  const char* slot = nullptr;  // where it lies
-  std::int64_t begin = 0;      // of it, in the piece
-  void* keep = nullptr;        // where a copy goes
-  bool in_order = false;       // it lands in the order of the units; else all of it has landed
+  const char* slot = nullptr;  // where the input lies
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  void* keep = nullptr;   // where a copy of the input goes
+  bool is_last = false;   // the block reads nothing more of it
+  bool is_active = true;  // the thread has something to compute; else it does as if, for the barriers' sake
 };
 
 // n neighbours along the fastest dimension, of every tensor of the program.
@@ -193,18 +195,20 @@ class Tile {
     coords_[Code::kDims - 1] = first;
   }
 
-  // Waits for the arriving input; false when the wait was given up. Each thread for itself: no barrier is needed, and
-  // one load serves a warp. The elements lie in one chunk: chunks have a power of two of bytes, offsets are aligned.
-  __device__ __forceinline__ bool arrived() const {
-    return !arrival_.in_order ||
-           arrival_.reader->landed(arrival_.begin + offset(Code::kArriving) * Code::kArrivingBytes);
+  // By all threads of the block: wait for the arriving input; false when the wait was given up.
+  __device__ __forceinline__ bool arrived() const { return arrival_.reader->arrived(arrival_.begin, arrival_.end); }
+
+  // By all threads of the block, after the last load of it: the sender is told ahead of the stores.
+  __device__ __forceinline__ void has_read() const {
+    if (arrival_.is_last) arrival_.reader->acknowledge();
   }
 
   template <int k, typename T>
   __device__ __forceinline__ Values<n> load() const {
     const Pack<T, n> pack = *reinterpret_cast<const Pack<T, n>*>(input<k, T>());
     if constexpr (k == Code::kArriving) {
-      if (arrival_.keep != nullptr) *reinterpret_cast<Pack<T, n>*>(static_cast<T*>(arrival_.keep) + offset(k)) = pack;
+      if (arrival_.keep != nullptr && arrival_.is_active)
+        *reinterpret_cast<Pack<T, n>*>(static_cast<T*>(arrival_.keep) + offset(k)) = pack;
     }
     Values<n> result;
 #pragma unroll
@@ -217,13 +221,14 @@ class Tile {
   __device__ __forceinline__ float load_one() const {
     const T value = *input<k, T>();
     if constexpr (k == Code::kArriving) {
-      if (arrival_.keep != nullptr) static_cast<T*>(arrival_.keep)[offset(k)] = value;
+      if (arrival_.keep != nullptr && arrival_.is_active) static_cast<T*>(arrival_.keep)[offset(k)] = value;
     }
     return to_float(value);
   }
 
   template <int k, typename T, typename A>
   __device__ __forceinline__ void store(const A& a) const {
+    if (Code::kArriving >= 0 && !arrival_.is_active) return;
     Pack<T, n> pack;
 #pragma unroll
     for (int j = 0; j < n; ++j) pack.values[j] = from_float<T>(at(a, j));
@@ -284,20 +289,43 @@ __device__ __forceinline__ void run_program(const ProgramArgs<Code>& args) {
   run_unit<Code>(args, blockIdx.x * static_cast<std::int64_t>(kProgramThreads) + threadIdx.x, Arrival{});
 }
 
+// A block takes tiles of a unit for each thread. The elements that fill no vector are a tile of their own, the last
+// one.
 template <typename Code>
 __device__ __forceinline__ void run_program(const ProgramArgs<Code>& args, const ArrivingInput& input) {
   const PeerReader reader(input.wait);
+  const std::int64_t vecs = args.numel / Code::kVec;
+  const std::int64_t vec_tiles = (vecs + kProgramThreads - 1) / kProgramThreads;
+  const std::int64_t rest = args.numel % Code::kVec;
+  const std::int64_t tiles = vec_tiles + (rest != 0);
+  // Else a block can need any part of the input.
   const bool in_order = Code::kDims == 1 && args.strides[Code::kArriving][0] == 1;
-  const Arrival arrival{&reader, reader.slot() + input.offset, input.offset, input.keep, in_order};
-  if (in_order || reader.arrived(input.offset, input.offset + input.bytes)) {
-    const std::int64_t units = args.numel / Code::kVec + args.numel % Code::kVec;
-    const std::int64_t threads = gridDim.x * static_cast<std::int64_t>(kProgramThreads);
-    for (std::int64_t unit = blockIdx.x * static_cast<std::int64_t>(kProgramThreads) + threadIdx.x; unit < units;
-         unit += threads) {
-      run_unit<Code>(args, unit, arrival);
+  bool has_read = false;  // all that this block is to read
+  for (std::int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const bool is_rest = tile == vec_tiles;
+    const std::int64_t first = tile * kProgramThreads;  // unit
+    const std::int64_t count = is_rest ? rest : vecs - first < kProgramThreads ? vecs - first : kProgramThreads;
+    const std::int64_t element = is_rest ? vecs * Code::kVec : first * Code::kVec;
+    Arrival arrival{&reader, reader.slot() + input.offset, input.offset, input.offset + input.bytes, input.keep};
+    if (in_order) {
+      arrival.begin += element * Code::kArrivingBytes;
+      arrival.end = arrival.begin + count * (is_rest ? 1 : Code::kVec) * Code::kArrivingBytes;
+    }
+    arrival.is_last = has_read = tile + gridDim.x >= tiles;
+    arrival.is_active = threadIdx.x < count;
+    const std::int64_t unit = arrival.is_active ? threadIdx.x : count - 1;
+    bool arrived = false;
+    if (!is_rest) {
+      arrived = Code::run(Tile<Code, Code::kVec>(args, element + unit * Code::kVec, arrival));
+    } else if constexpr (Code::kVec > 1 && !Code::kHasNorm) {
+      arrived = Code::run(Tile<Code, 1>(args, element + unit, arrival));
+    }
+    if (!arrived) {
+      has_read = false;
+      break;
     }
   }
-  reader.acknowledge();
+  if (!has_read) reader.acknowledge();
 }
 
 // Count, mean, and sum of squared differences from the mean.

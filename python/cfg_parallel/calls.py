@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from cfg_parallel.codec import Rows, map_tensors, signature, tensors_in
+from cfg_parallel.codec import Rows, UnshippableError, encode_plain, map_tensors, signature, tensors_in
+
+if TYPE_CHECKING:
+    from cfg_parallel.graphs import Graphs
 
 _MAIN_INPUTS = ("hidden_states", "sample", "x", "latents")
 
@@ -52,7 +55,7 @@ class Call:
         """Whether no argument was overwritten since the call was made, so that it can be run again."""
         return all(tensor._version == version for tensor, version in self._versions)
 
-    def run(self, device: torch.device) -> Any:
+    def run(self, device: torch.device, graphs: Graphs | None = None) -> Any:
         """The denoiser's output, on this device. Its context may have been left since, so it is entered again."""
         with contextlib.ExitStack() as stack:
             if self.context is not None and self.context is not self.denoiser.context:
@@ -63,6 +66,10 @@ class Call:
             args, kwargs = self.args, self.kwargs
             if self.is_part:
                 args, kwargs = map_tensors(args, Rows.tensor, Rows), map_tensors(kwargs, Rows.tensor, Rows)
+            if graphs is not None and graphs.on:
+                with contextlib.suppress(UnshippableError):  # what has no bytes has no graph
+                    body, tensors = encode_plain(((args, kwargs), None))
+                    return graphs.run(self.denoiser.name, self.denoiser.module, body, cast("Any", tensors))
             return self.denoiser.module(*args, **kwargs)
 
     def rows(self) -> int:

@@ -111,7 +111,7 @@ def source(program: Program, width: int, arriving: int | None = None) -> str:
         loads.append(f"const auto v{k} = tile.template {load}<{k}, {_TYPES[operand.dtype]}>();")
     lines = [line for k, line in enumerate(loads) if k != arriving]  # on their way during the wait
     if arriving is not None:
-        lines += ["if (!tile.arrived()) return;", loads[arriving]]
+        lines += ["if (!tile.arrived()) return false;", loads[arriving], "tile.has_read();"]
     for k, step in enumerate(program.code):
         operands = ", ".join(map(name, (step.a, step.b, step.c)[: step.op.arity]))
         value = operands if step.op is Op.ROUND else f"{step.op.name.lower()}({operands})"
@@ -127,15 +127,16 @@ def source(program: Program, width: int, arriving: int | None = None) -> str:
     parameters = "const __grid_constant__ ProgramArgs<Code> args"
     bounds = "kProgramThreads"
     call = "run_program<Code>(args)"
-    functions = [("const Tile& tile", [*lines, *(store(k, name(stored)) for k, stored in enumerate(program.stores))])]
+    stores = [store(k, name(stored)) for k, stored in enumerate(program.stores)]
+    functions = [("bool run(const Tile& tile)", [*lines, *stores, "return true;"])]
     if program.correction is not None:
         parameters += ", const __grid_constant__ StatisticsArgs statistics"
         call = "run_statistics<Code>(args, statistics)"
         adds = [f"tile.add(moments[{k}], {name(stored)});" for k, stored in enumerate(program.stores)]
         stores = [store(k, f"values[{k}]") for k in range(len(program.outputs))]
         functions = [
-            ("const Tile& tile, Moments (&moments)[kOutputs]", [*lines, *adds]),
-            ("const Tile& tile, const float (&values)[kOutputs]", stores),
+            ("void run(const Tile& tile, Moments (&moments)[kOutputs])", [*lines, *adds]),
+            ("void store(const Tile& tile, const float (&values)[kOutputs])", stores),
         ]
     elif arriving is not None:
         parameters += ", const __grid_constant__ ArrivingInput input"
@@ -144,11 +145,11 @@ def source(program: Program, width: int, arriving: int | None = None) -> str:
     bodies = "".join(
         f"""
   template <typename Tile>
-  __device__ __forceinline__ static void {function}({arguments}) {{
+  __device__ __forceinline__ static {function} {{
     {line_break.join(body)}
   }}
 """
-        for function, (arguments, body) in zip(("run", "store"), functions, strict=False)
+        for function, body in functions
     )
     return f"""#include "program_kernel.cuh"
 

@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
 from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
+from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import Generation, Leader
 from cfg_parallel.patch import CfgParallel, denoiser_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
@@ -42,6 +44,7 @@ def enable_cfg_parallel(
     devices: Sequence[str | torch.device] | None = None,
     transport: str = "auto",
     numerics: str = "exact",
+    cuda_graphs: GraphMode = "auto",
     follower_timeout: float = 600.0,
 ) -> CfgParallel:
     """Run the guidance passes of `pipe` on `cfg_parallel_size` devices. `pipe(...)` then gives the same result, sooner.
@@ -60,6 +63,10 @@ def enable_cfg_parallel(
             that can write into each other's memory, and "nccl" between others.
         numerics: "exact" gives the bits of PyTorch's op-by-op arithmetic; "fused" computes guidance and the scheduler's
             step in fp32 and rounds at the end, which is closer to the true value and another image.
+        cuda_graphs: True captures the forward of each kind of call (shapes, dtypes, plain arguments) as a CUDA graph,
+            on every device, after two eager calls, and replays it from then on; "auto" does so where it pays: where
+            launching takes the host longer than the GPU needs, or after many calls of one kind. A forward that cannot
+            be captured stays eager. False: never.
         follower_timeout: seconds without an answer after which a follower is given up.
 
     Returns a handle: `handle.report` tells what happened in the last generation; as a context manager it disables on
@@ -71,8 +78,16 @@ def enable_cfg_parallel(
         raise ConfigurationError("This pipeline is enabled already; call disable_cfg_parallel(pipe) first.")
     if numerics not in ("exact", "fused"):
         raise ConfigurationError(f"Expected numerics to be 'exact' or 'fused', but got {numerics!r}.")
+    if cuda_graphs not in ("auto", True, False):
+        raise ConfigurationError(f"Expected cuda_graphs to be 'auto', True or False, but got {cuda_graphs!r}.")
     modules = find_denoisers(pipe)
     leader_device = device_of(pipe, modules)
+    if leader_device.type != "cuda":
+        if cuda_graphs is True:
+            raise ConfigurationError(
+                f"cuda_graphs=True needs a GPU, but the pipeline is on {leader_device}; use 'auto'."
+            )
+        cuda_graphs = False
     rank = spmd.rank()
     chosen = choose_devices(leader_device, cfg_parallel_size, devices, rank)
     transport, reason = resolve(transport, chosen)
@@ -86,7 +101,7 @@ def enable_cfg_parallel(
         else:
             for device in chosen[1:]:
                 remotes.append(RemoteFollower.start(leader_device, device, follower_timeout))
-        handle = Leading(pipe, modules, chosen, remotes, transport, reason, numerics, follower_timeout)
+        handle = Leading(pipe, modules, chosen, remotes, transport, reason, numerics, cuda_graphs, follower_timeout)
     except BaseException:
         for remote in remotes:
             remote.close()
@@ -121,6 +136,7 @@ class Leading(CfgParallel):
         transport: str,
         transport_reason: str,
         numerics: str,
+        cuda_graphs: GraphMode,
         follower_timeout: float,
     ) -> None:
         self.devices = devices
@@ -128,7 +144,7 @@ class Leading(CfgParallel):
         self._transport_reason = transport_reason
         self._timeout = follower_timeout
         self._denoisers = {name: Denoiser(name, module) for name, module in modules.items()}
-        self._leader = Leader(devices[0], remotes, exact=numerics == "exact")
+        self._leader = Leader(devices[0], remotes, numerics == "exact", cuda_graphs)
         self._close = weakref.finalize(pipe, _close_all, remotes, os.getpid())
         self._report: Report | None = None
         self._generation: Generation | None = None
@@ -287,6 +303,7 @@ class Leading(CfgParallel):
         remote_forwards = [ms for each in statistics for ms in each["forward_ms"]]
         receives = sum(elapsed_ms(*marks) for remote in remotes for marks in remote.sent.receives)
         launch_waits = sum(remote.sent.wait_ms for remote in remotes)
+        graphs = [self._leader.graphs.counts(), *(each["graphs"] for each in statistics)]
         peaks = [each["peak_bytes"] for each in statistics if each["peak_bytes"] is not None]
         return Report(
             devices=[str(device) for device in self.devices],
@@ -314,6 +331,9 @@ class Leading(CfgParallel):
             guidance=self._guidance,
             fused=generation.fused,
             replayed=generation.replayed,
+            graph_forwards=sum(each["replayed"] for each in graphs),
+            graphs_captured=sum(each["captured"] for each in graphs),
+            eager_forwards=dict(sum((Counter(each["eager"]) for each in graphs), Counter())),
             notes=dict(generation.notes),
             lost=[remote.lost for remote in remotes if remote.lost is not None],
         )

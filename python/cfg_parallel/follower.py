@@ -19,6 +19,7 @@ import torch
 from cfg_parallel import numerics
 from cfg_parallel.codec import decode, encode_plain
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
+from cfg_parallel.graphs import Graphs
 from cfg_parallel.link import Link
 from cfg_parallel.replica import receive_replica
 from cfg_parallel.timing import Mark, elapsed_ms, mark
@@ -37,6 +38,7 @@ class Follower:
         self._denoisers: dict[str, torch.nn.Module] = {}
         self._residents: dict[Any, list[torch.Tensor]] = {}
         self._timings: list[tuple[Mark, Mark]] = []
+        self._graphs = Graphs(link.device, False)
 
     def serve(self) -> Any:
         """Answer messages until the leader says `close` (gives None) or `output` (gives the leader's output)."""
@@ -73,6 +75,8 @@ class Follower:
         if header["numerics"] is not None:
             numerics.apply(header["numerics"])
         self._timings.clear()
+        self._graphs.mode = header["graphs"]
+        self._graphs.begin(numerics.capture())
 
     def _on_transport(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         device = self._link.device
@@ -86,12 +90,14 @@ class Follower:
     def _on_denoiser(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         name = header["name"]
         self._denoisers.pop(name, None)
+        self._graphs.forget(name)
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         module = receive_replica(self._link, header, self._own.get(name), timeout=None)
         self._denoisers[name] = module
 
     def _on_forget(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         self._residents.clear()
+        self._graphs.end()
 
     def _on_call(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         fresh = iter(tensors)
@@ -110,7 +116,10 @@ class Follower:
                 stack.enter_context(torch.autocast(self._link.device.type, dtype=autocast))
             if context is not None:
                 stack.enter_context(module.cache_context(context[0], **context[1]))  # type: ignore[operator]
-            output = module(*args, **kwargs)
+            if self._graphs.on:
+                output = self._graphs.run(slot[0], module, header["body"], tensors)
+            else:
+                output = module(*args, **kwargs)
         self._timings.append((start, mark(self._link.device)))
         if versions != [tensor._version for tensor in tensors]:
             self._residents.pop(slot)
@@ -128,7 +137,15 @@ class Follower:
         forwards = [elapsed_ms(*marks) for marks in self._timings]
         gaps = [elapsed_ms(before[1], after[0]) for before, after in itertools.pairwise(self._timings)]
         peak = torch.cuda.max_memory_allocated(self._link.device) if on_gpu else None
-        self._link.send({"kind": "statistics", "forward_ms": forwards, "wait_ms": sum(gaps), "peak_bytes": peak})
+        self._link.send(
+            {
+                "kind": "statistics",
+                "forward_ms": forwards,
+                "wait_ms": sum(gaps),
+                "peak_bytes": peak,
+                "graphs": self._graphs.counts(),
+            }
+        )
 
 
 def _end_with(parent: int) -> None:

@@ -475,4 +475,3 @@ class _Planner:
 
         lowering = Lowering(self._steps, self._position, computed, shape, self._exact, self._on_gpu)
         return lowering.standard_deviations(outputs) if self._sums[outputs[0]] else lowering.launch(outputs)
-

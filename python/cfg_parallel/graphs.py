@@ -87,6 +87,11 @@ class Graphs:
         self._settings: Any = None
 
     @property
+    def failure(self) -> str | None:
+        """Why a forward could not be captured, if one could not."""
+        return next(iter(self._reasons.values()), None)
+
+    @property
     def on(self) -> bool:
         return self.mode is not False
 
@@ -102,6 +107,10 @@ class Graphs:
         """After a generation: its prompts and latents need not stay."""
         for graph in self._graphs.values():
             graph.seen = []
+
+    def counts(self) -> dict[str, Any]:
+        """Of the generation, for the report."""
+        return {"replayed": self.replayed, "captured": self.captured, "eager": dict(self.eager)}
 
     def forget(self, denoiser: str) -> None:
         """The denoiser has changed."""
@@ -225,9 +234,7 @@ class _CudaCapture:
             # Weights that autocast has cast and kept would be freed before the graph is.
             autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=cast, cache_enabled=False)
             # Other threads, of the transport for one, go on calling CUDA.
-            capturing = torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            )
+            capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             with autocast, capturing:
                 output = forward()
             return output, graph.replay

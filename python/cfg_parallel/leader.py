@@ -17,10 +17,12 @@ from typing import Any, cast
 
 import torch
 
+from cfg_parallel import numerics
 from cfg_parallel.calls import Call, Denoiser, deal
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.fusion import Fusion
+from cfg_parallel.graphs import GraphMode, Graphs
 from cfg_parallel.launch import executor
 from cfg_parallel.pending import (
     Node,
@@ -78,10 +80,13 @@ class Generation:
 
 
 class Leader:
-    def __init__(self, device: torch.device, remotes: list[RemoteFollower], exact: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, remotes: list[RemoteFollower], exact: bool = True, graphs: GraphMode = False
+    ) -> None:
         self.device = device
         self.remotes = remotes
         self.fusion = Fusion(device, *executor(device), exact)
+        self.graphs = Graphs(device, graphs)
         self.generation: Generation | None = None
         self.before_step: Callable[[], None] | None = None
         self._expected = 1  # calls in a step, as the last step had them
@@ -94,14 +99,17 @@ class Leader:
         for learned in (self._templates, self._splits, self._whole):
             for signature in [signature for signature in learned if signature[0] == denoiser]:
                 del learned[signature]  # type: ignore[attr-defined]
+        self.graphs.forget(denoiser)
 
     def begin(self) -> Generation:
         forget_unsettled()
         for learned in (self._templates, self._splits, self._whole):
             if len(learned) > _LEARNED_LIMIT:
                 learned.clear()  # type: ignore[attr-defined]
+        settings = numerics.capture()
         for remote in self.remotes:
-            remote.begin()
+            remote.begin(settings, self.graphs.mode)
+        self.graphs.begin(settings)
         self.generation = Generation()
         self.fusion.install()
         return self.generation
@@ -110,6 +118,7 @@ class Leader:
         generation = self.generation
         assert generation is not None
         self.fusion.remove()
+        self.graphs.end()
         self._end_step(generation)
         generation.fused, generation.replayed = dict(self.fusion.fused), dict(self.fusion.replayed)
         guided = sum(step.branches > 1 for step in generation.steps)
@@ -173,7 +182,7 @@ class Leader:
 
     def _run(self, generation: Generation, call: Call) -> Any:
         start = mark(self.device)
-        output = call.run(self.device)
+        output = call.run(self.device, self.graphs)
         generation.forwards.append((start, mark(self.device)))
         generation.local_calls += 1
         return output

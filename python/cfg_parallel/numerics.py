@@ -86,7 +86,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     layouts = zip(a.shape, a.stride(), b.stride(), strict=True)
     if a.shape != b.shape or a.dtype != b.dtype or any(size > 1 and x != y for size, x, y in layouts):
         return False
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[min(a.element_size(), 8)]
     if a.is_complex():
         a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.view(whole), b.view(whole))

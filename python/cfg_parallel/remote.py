@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from cfg_parallel import numerics
 from cfg_parallel.codec import Rows, TensorSpec, UnshippableError, encode_plain, encode_structure
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
+from cfg_parallel.graphs import GraphMode
 from cfg_parallel.link import Link
 from cfg_parallel.pending import settle
 from cfg_parallel.replica import send_replica
@@ -184,11 +184,11 @@ class RemoteFollower:
                 raise FollowerLostError("the process ended")
         return self.lost
 
-    def begin(self) -> None:
-        """Before a generation: settings that the user may have changed."""
+    def begin(self, settings: dict[str, Any], graphs: GraphMode) -> None:
+        """Before a generation: settings of PyTorch that the user may have changed."""
         self.sent = Sent()
-        settings = numerics.capture()
-        self._send({"kind": "begin", "numerics": settings if settings != self._settings else None})
+        changed = settings if settings != self._settings else None
+        self._send({"kind": "begin", "numerics": changed, "graphs": graphs})
         self._settings = settings
 
     def call(self, name: str, branch: int, args: Any, kwargs: Any, context: Any, autocast: Any) -> RemoteCall:

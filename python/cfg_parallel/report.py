@@ -16,7 +16,10 @@ class Report:
     waited for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards.
 
     `fused` and `replayed` tell what became of the predictions of the steps with guidance: combined by fused kernels
-    (rule and backend -> steps), or op by op as PyTorch does it (reason -> steps)."""
+    (rule and backend -> steps), or op by op as PyTorch does it (reason -> steps).
+
+    `graph_forwards` counts the forwards, on all devices, that were replays of a CUDA graph, and `eager_forwards` the
+    others (reason -> forwards); both are 0 and empty with cuda_graphs=False."""
 
     devices: list[str]
     transport: str
@@ -43,6 +46,9 @@ class Report:
     guidance: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     replayed: dict[str, int] = field(default_factory=dict)
+    graph_forwards: int = 0
+    graphs_captured: int = 0
+    eager_forwards: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
@@ -109,6 +115,9 @@ class Report:
         ]
         rows += [("fused", f"{count} steps: {what}") for what, count in self.fused.items()]
         rows += [("replayed", f"{count} steps: {reason}") for reason, count in self.replayed.items()]
+        if self.graph_forwards or self.graphs_captured:
+            rows.append(("graphs", f"{self.graph_forwards} forwards, {self.graphs_captured} graphs captured"))
+        rows += [("eager", f"{count} forwards: {reason}") for reason, count in self.eager_forwards.items()]
         rows += [("note", f"{reason} ({count}x)") for reason, count in self.notes.items()]
         rows.append(("result", self.why))
         return "\n".join(f"{name:>10}  {text}" for name, text in rows)

@@ -2,6 +2,7 @@
 // ordered as peer_wait.cuh says. Prints "ok"; otherwise says what was wrong and exits with 1.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -27,7 +28,7 @@ void expect(bool ok, const char* what) {
   std::exit(1);
 }
 
-// As a kernel that combines reads a piece: each thread waits for itself, for the chunk that it is about to read.
+// As a kernel that combines reads a piece: it says so before it stores what it has made of it.
 struct PeerRead {
   PeerWait wait;
   std::int64_t bytes;
@@ -35,17 +36,27 @@ struct PeerRead {
 };
 void read_kernel(const PeerRead& read) {
   const PeerReader reader(read.wait);
-  const std::int64_t threads = gridDim.x * blockDim.x;
-  for (std::int64_t i = blockIdx.x * blockDim.x + threadIdx.x; 16 * i < read.bytes; i += threads) {
-    if (!reader.landed(16 * i)) break;
-    peer_store<16>(read.to + 16 * i, peer_load<16>(reader.slot() + 16 * i));
+  const std::int64_t tile = 16 * blockDim.x;
+  const std::int64_t stride = gridDim.x * tile;
+  bool has_read = false;
+  for (std::int64_t begin = blockIdx.x * tile; begin < read.bytes; begin += stride) {
+    if (!reader.arrived(begin, std::min(begin + tile, read.bytes))) {
+      has_read = false;
+      break;
+    }
+    const std::int64_t mine = begin + 16 * threadIdx.x;
+    uint4 value{};
+    if (mine < read.bytes) value = peer_load<16>(reader.slot() + mine);
+    has_read = begin + stride >= read.bytes;
+    if (has_read) reader.acknowledge();
+    if (mine < read.bytes) peer_store<16>(read.to + mine, value);
   }
-  reader.acknowledge();
+  if (!has_read) reader.acknowledge();
 }
 
 // What PeerEndpoint allocates, in ordinary memory.
 struct Side {
-  std::uint64_t consumed = 0, failed = 0;
+  std::uint64_t consumed = 0, failed = 0, looked = 0;
   std::uint32_t peer_failed = 0, abort = 0, push_failure = 0, pull_failure = 0;
   PeerCounter pushed{}, pulled{};
   std::uint64_t flags[kPeerSlots * kChunks] = {};
@@ -53,7 +64,7 @@ struct Side {
   std::uint64_t timeout_ns = 60'000'000'000;
 
   PeerLimits limits(Side& peer, std::uint32_t* failure) {
-    return {&abort, failure, &failed, &peer_failed, &peer.peer_failed, timeout_ns};
+    return {&abort, &looked, failure, &failed, &peer_failed, &peer.peer_failed, timeout_ns};
   }
   // No more blocks than tiles, as PeerEndpoint has it.
   static unsigned blocks(unsigned grid, const PeerTable& table, int tile_shift) {

@@ -33,6 +33,9 @@ inline void st_relaxed_gpu(std::uint32_t* address, std::uint32_t value) {
 inline std::uint32_t atom_add_acq_rel_gpu(std::uint32_t* address, std::uint32_t value) {
   return std::atomic_ref(*address).fetch_add(value, std::memory_order_acq_rel);
 }
+inline bool atom_cas_relaxed_gpu(std::uint64_t* address, std::uint64_t expected, std::uint64_t value) {
+  return std::atomic_ref(*address).compare_exchange_strong(expected, value, std::memory_order_relaxed);
+}
 inline std::uint64_t global_timer_ns() {
   return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }

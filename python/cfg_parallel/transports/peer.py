@@ -34,6 +34,7 @@ _SLOT_BYTES = 64 << 20
 # 512 KiB, a typical prediction, are 128 chunks, each pushed by an SM of its own in one go. Of a larger message several
 # chunks are pushed, and flagged, together.
 _CHUNK_BYTES = 4 << 10
+_PUSH_BLOCKS_PER_SM = 1  # one fills the link, and with more of them the first chunk lands later
 _SLOTS = 2  # csrc/peer.h
 _SEGMENTS = 64  # csrc/peer.h
 _ALIGNMENT = 256  # bytes; of each tensor in a slot
@@ -108,7 +109,9 @@ class PeerTransport:
 
     def __init__(self, device: torch.device, slot_bytes: int = _SLOT_BYTES, chunk_bytes: int = _CHUNK_BYTES) -> None:
         native = extension.load()
-        self.endpoint = native.PeerEndpoint(device.index, slot_bytes=slot_bytes, chunk_bytes=chunk_bytes)
+        self.endpoint = native.PeerEndpoint(
+            device.index, slot_bytes=slot_bytes, chunk_bytes=chunk_bytes, push_blocks_per_sm=_PUSH_BLOCKS_PER_SM
+        )
         self.handle: bytes = self.endpoint.handle()  # for the peer's `connect`
         self.borrowed: Arrival | None = None
         self._device = device
