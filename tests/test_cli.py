@@ -241,6 +241,7 @@ def test_default_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert choose_devices(2, None, "auto") == ["cpu", "cpu"]
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_devices(2, None, "auto") == ["cuda:0", "cuda:1"]
     assert choose_devices(1, ["cuda"], "auto") == ["cuda:0"]

@@ -129,7 +129,10 @@ def test_one_line_for_each_op() -> None:
 def test_what_is_here_is_loaded_during_the_wait() -> None:
     (cfg,) = traced(RULES["cfg"][1], [BF16, BF16], True)
     text = codegen.source(cfg, 8, arriving=0)
-    order = [text.index(part) for part in ("v1 = tile", "if (!tile.arrived()) return false;", "v0 = tile", "has_read", "v2 =")]
+    order = [
+        text.index(part)
+        for part in ("v1 = tile", "if (!tile.arrived()) return false;", "v0 = tile", "has_read", "v2 =")
+    ]
     assert order == sorted(order)
 
 

@@ -55,6 +55,36 @@ def test_every_step_is_fused_once_its_kind_was_checked(name: str) -> None:
     assert not report.replayed
 
 
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "wan", "sdxl", "sd3", "instruct_pix2pix"])
+@pytest.mark.parametrize("transport", ["peer", "nccl"])
+def test_cuda_graphs_on_both_sides(name: str, transport: str) -> None:
+    tiny = TINY[name]
+    plain, enabled = (tiny.build().to("cuda", torch.bfloat16) for _ in range(2))
+    with cfg_parallel.enable_cfg_parallel(
+        enabled, transport=transport, cuda_graphs=True, follower_timeout=60
+    ) as handle:
+        for seed in range(3):
+            inputs = tiny.inputs(seed, num_inference_steps=6)
+            expected = reference(tiny, plain, tiny.inputs(seed, num_inference_steps=6), seed=seed)
+            assert torch.equal(generate(enabled, inputs, seed), expected)
+    report = handle.report
+    assert report.graph_forwards == report.calls_shipped + report.calls_local, report
+
+
+def test_new_weights_are_in_the_next_graph() -> None:
+    tiny = TINY["qwen_image"]
+    plain, enabled = (tiny.build().to("cuda", torch.bfloat16) for _ in range(2))
+    with cfg_parallel.enable_cfg_parallel(enabled, cuda_graphs=True) as handle:
+        for pipe in (enabled, enabled, plain):
+            generate(pipe, tiny.inputs(num_inference_steps=6))
+        assert handle.report.graph_forwards > 0
+        for pipe in (enabled, plain):
+            with torch.no_grad():
+                pipe.transformer.proj_out.weight.mul_(1.5)
+        expected = reference(tiny, plain, tiny.inputs(num_inference_steps=6))
+        assert torch.equal(generate(enabled, tiny.inputs(num_inference_steps=6)), expected)
+
+
 def test_auto_takes_peer_access() -> None:
     pipe = TINY["qwen_image"].build().to("cuda")
     with cfg_parallel.enable_cfg_parallel(pipe) as handle:
