@@ -35,9 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import models
 from benchmarks.results_file import markdown_table, merge_rows
+from benchmarks.timing import some_of
 
 # What each two-GPU mode passes to enable_cfg_parallel.
-TWO_GPU_MODES: dict[str, dict[str, Any]] = {"two-gpu-eager": {}}
+TWO_GPU_MODES: dict[str, dict[str, Any]] = {
+    "two-gpu-eager": {"cuda_graphs": False},
+    "two-gpu-graphs": {"cuda_graphs": True},
+    "two-gpu-auto": {"cuda_graphs": "auto"},
+}
 ONE_GPU = "one-gpu-eager"
 WARMUP_STEPS = 4
 SKIPPED_STEPS = 2  # the first two steps of a generation still fill caches and the launch queue
@@ -223,31 +228,33 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     effect = guidance_changes(bench)  # also the warm-up of the one-GPU runs
     say(f"warm; guidance changes {effect:.0%} of the picture")
     reference, reference_name = exact_reference(bench)
-    one, two = Measured(), Measured()
+    one = Measured()
+    modes = {mode: Measured() for mode in args.mode}
     for _ in range(args.repeat):
         bench.measure(ONE_GPU, one)
-        start = time.perf_counter()
-        with cfg_parallel.enable_cfg_parallel(
-            bench.pipe,
-            cfg_parallel_size=2,
-            devices=args.devices,
-            transport=args.transport,
-            **TWO_GPU_MODES[args.mode],
-        ) as handle:
-            two.extra["enable_s"] = round(time.perf_counter() - start, 2)
-            say(f"enabled in {two.extra['enable_s']} s")
-            bench.generate(WARMUP_STEPS)
-            bench.measure(args.mode, two)
-            two.extra["report"] = handle.report.to_dict()
-            say(f"report\n{handle.report}")
+        for mode, two in modes.items():
+            start = time.perf_counter()
+            with cfg_parallel.enable_cfg_parallel(
+                bench.pipe,
+                cfg_parallel_size=2,
+                devices=args.devices,
+                transport=args.transport,
+                **({"cuda_graphs": False} if args.devices[0] == "cpu" else TWO_GPU_MODES[mode]),
+            ) as handle:
+                two.extra["enable_s"] = round(time.perf_counter() - start, 2)
+                say(f"enabled in {two.extra['enable_s']} s")
+                bench.generate(WARMUP_STEPS)
+                bench.measure(mode, two)
+                two.extra["report"] = handle.report.to_dict()
+                say(f"report\n{handle.report}")
     if args.pictures:
-        save_pictures(args.pictures, args.model, {ONE_GPU: one.pictures[0], args.mode: two.pictures[0]})
+        pictures = {mode: measured.pictures[0] for mode, measured in [(ONE_GPU, one), *modes.items()]}
+        save_pictures(args.pictures, args.model, pictures)
     if reference_name == ONE_GPU and not np.array_equal(reference, one.pictures[0]):
         raise BenchmarkError("Two generations on one GPU with the same seed differ; equality cannot be tested.")
-    return [
-        row(args, ONE_GPU, one, one, one.pictures[0], ONE_GPU) | {"guidance_changes": round(effect, 4)},
-        row(args, args.mode, two, one, reference, reference_name) | {"guidance_changes": round(effect, 4)},
-    ]
+    rows = [row(args, ONE_GPU, one, one, one.pictures[0], ONE_GPU)]
+    rows += [row(args, mode, two, one, reference, reference_name) for mode, two in modes.items()]
+    return [each | {"guidance_changes": round(effect, 4)} for each in rows]
 
 
 def row(
@@ -306,8 +313,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="qwen-image-edit", choices=list(models.SPECS))
     parser.add_argument("--size", type=int, help="side of the picture or lines of the video; default: the model's")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeat", type=int, default=1, help="one GPU and two GPUs in turn, this many times")
-    parser.add_argument("--mode", default="two-gpu-eager", choices=list(TWO_GPU_MODES))
+    parser.add_argument("--repeat", type=int, default=1, help="one GPU and each mode in turn, this many times")
+    parser.add_argument("--mode", type=some_of(*TWO_GPU_MODES), default=["two-gpu-eager"], help="one or several")
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="leader,follower")
     parser.add_argument("--scale", default="real", choices=["real", "tiny"], help="tiny: for a dry run")

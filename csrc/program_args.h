@@ -26,7 +26,7 @@ struct ProgramArgs {
 // Of a program whose outputs are statistics of samples. A sample is blockIdx.y; gridDim.x blocks share it.
 struct StatisticsArgs {
   double* partials;         // scratch: three for each output, block and sample
-  std::uint32_t* tickets;   // 0, for each sample
+  std::uint32_t* tickets;   // 0 for each sample; left so
   std::int64_t per_sample;  // elements
 };
 

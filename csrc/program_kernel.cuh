@@ -328,79 +328,99 @@ __device__ __forceinline__ void run_program(const ProgramArgs<Code>& args, const
   if (!has_read) reader.acknowledge();
 }
 
-// Count, mean, and sum of squared differences from the mean.
+// Count, mean, and sum of squared differences from the mean: of what a block has seen.
 struct Spread {
   double count = 0;
   double mean = 0;
   double squares = 0;
 };
 
-__device__ inline Spread spread_of(const Moments& moments) {
-  if (moments.count == 0) return {};
-  const double mean = moments.sum / static_cast<double>(moments.count);
-  return {moments.count, moments.shift + mean, moments.squares - mean * moments.sum};
-}
+// The differences are from one value for all threads, so that they add up.
+struct Sums {
+  double count = 0;
+  double sum = 0;
+  double squares = 0;
 
-// Chan, Golub, LeVeque 1983.
-__device__ inline Spread merged(const Spread& a, const Spread& b) {
-  const double count = a.count + b.count;
-  if (count == 0) return {};
-  const double difference = b.mean - a.mean;
-  return {count, a.mean + difference * (b.count / count),
-          a.squares + b.squares + difference * difference * (a.count * b.count / count)};
-}
+  // n elements whose differences, and the squares of those, add up so; they are from a value at `distance` from ours.
+  __device__ __forceinline__ void add(double n, double differences, double difference_squares, double distance) {
+    count += n;
+    sum += differences + n * distance;
+    squares += difference_squares + distance * (2 * differences + n * distance);
+  }
+};
 
 // Of a whole block, always in the same order; the result is the first thread's.
-__device__ inline Spread merged_in_block(Spread mine) {
-  __shared__ Spread warps[kProgramThreads / 32];
+__device__ inline Sums sum_in_block(Sums mine) {
+  __shared__ Sums warps[kProgramThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) {
-    const Spread other = {__shfl_down_sync(~0u, mine.count, offset), __shfl_down_sync(~0u, mine.mean, offset),
-                          __shfl_down_sync(~0u, mine.squares, offset)};
-    mine = merged(mine, other);
+    mine.count += __shfl_down_sync(~0u, mine.count, offset);
+    mine.sum += __shfl_down_sync(~0u, mine.sum, offset);
+    mine.squares += __shfl_down_sync(~0u, mine.squares, offset);
   }
   __syncthreads();  // the array may be in use still
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
   __syncthreads();
-  for (int warp = 1; threadIdx.x == 0 && warp < kProgramThreads / 32; ++warp) mine = merged(mine, warps[warp]);
+  for (int warp = 1; threadIdx.x == 0 && warp < kProgramThreads / 32; ++warp) {
+    mine.count += warps[warp].count;
+    mine.sum += warps[warp].sum;
+    mine.squares += warps[warp].squares;
+  }
   return mine;
 }
 
 // Each output is the standard deviation of a value over each sample. Every block leaves what it has found, and the
-// last one of a sample merges it, always in the same order.
+// last one of a sample adds it up, always in the same order. The tickets are left as they were found.
 template <typename Code>
 __device__ __forceinline__ void run_statistics(const ProgramArgs<Code>& args, const StatisticsArgs& statistics) {
   constexpr int kCount = Code::kOutputs;
   const std::int64_t begin = blockIdx.y * statistics.per_sample;
   const std::int64_t vecs = statistics.per_sample / Code::kVec;
-  const std::int64_t units = vecs + statistics.per_sample % Code::kVec;
+  const std::int64_t rest = statistics.per_sample % Code::kVec;
   const std::int64_t threads = gridDim.x * static_cast<std::int64_t>(kProgramThreads);
   Moments moments[kCount];
-  for (std::int64_t unit = blockIdx.x * static_cast<std::int64_t>(kProgramThreads) + threadIdx.x; unit < units;
-       unit += threads) {
-    if (unit < vecs) {
-      Code::run(Tile<Code, Code::kVec>(args, begin + unit * Code::kVec, Arrival{}), moments);
-    } else if constexpr (Code::kVec > 1) {
-      Code::run(Tile<Code, 1>(args, begin + vecs * Code::kVec + (unit - vecs), Arrival{}), moments);
+#pragma unroll 4
+  for (std::int64_t vec = blockIdx.x * static_cast<std::int64_t>(kProgramThreads) + threadIdx.x; vec < vecs;
+       vec += threads) {
+    Code::run(Tile<Code, Code::kVec>(args, begin + vec * Code::kVec, Arrival{}), moments);
+  }
+  if constexpr (Code::kVec > 1) {
+    if (blockIdx.x == 0 && threadIdx.x < rest) {
+      Code::run(Tile<Code, 1>(args, begin + vecs * Code::kVec + threadIdx.x, Arrival{}), moments);
     }
   }
+  __shared__ float shifts[kCount];
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < kCount; ++k) shifts[k] = moments[k].shift;
+  }
+  __syncthreads();
   Spread* partials = reinterpret_cast<Spread*>(statistics.partials) + blockIdx.y * gridDim.x * kCount;
   for (int k = 0; k < kCount; ++k) {
-    const Spread whole = merged_in_block(spread_of(moments[k]));
-    if (threadIdx.x == 0) partials[blockIdx.x * kCount + k] = whole;
+    Sums mine;
+    const double distance = static_cast<double>(moments[k].shift) - shifts[k];
+    if (moments[k].count != 0) mine.add(moments[k].count, moments[k].sum, moments[k].squares, distance);
+    const Sums all = sum_in_block(mine);
+    if (threadIdx.x == 0) {
+      const double mean = all.sum / all.count;
+      partials[blockIdx.x * kCount + k] = {all.count, shifts[k] + mean, all.squares - mean * all.sum};
+    }
   }
   __shared__ bool is_last;
   if (threadIdx.x == 0) is_last = atom_add_acq_rel_gpu(statistics.tickets + blockIdx.y, 1) + 1 == gridDim.x;
   __syncthreads();
   if (!is_last) return;
+  if (threadIdx.x == 0) st_relaxed_gpu(statistics.tickets + blockIdx.y, 0u);
   float results[kCount];
   for (int k = 0; k < kCount; ++k) {
-    Spread mine;
+    const double shift = partials[k].mean;
+    Sums mine;
     for (unsigned block = threadIdx.x; block < gridDim.x; block += kProgramThreads) {
-      mine = merged(mine, partials[block * kCount + k]);
+      const Spread part = partials[block * kCount + k];
+      mine.add(part.count, 0, part.squares, part.mean - shift);
     }
-    const Spread whole = merged_in_block(mine);
-    const double degrees = whole.count - Code::kCorrection;
-    results[k] = static_cast<float>(::sqrt(whole.squares / (degrees > 0 ? degrees : 0)));
+    const Sums all = sum_in_block(mine);
+    const double degrees = all.count - Code::kCorrection;
+    const double squares = all.squares - all.sum * all.sum / all.count;
+    results[k] = static_cast<float>(::sqrt((squares < 0 ? 0 : squares) / (degrees > 0 ? degrees : 0)));
   }
   if (threadIdx.x == 0) Code::store(Tile<Code, 1>(args, begin, Arrival{}), results);
 }

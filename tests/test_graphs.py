@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -332,8 +333,30 @@ def test_forwards_that_talk_to_the_host(kind: type[Model]) -> None:
         x = torch.randn(4, 8, device="cuda")
         assert same(run(graphs, model, x), model(x))
     assert graphs.replayed == 0
-    assert (graphs.failure or "").startswith("the forward cannot be captured")
-    torch.cuda.synchronize()  # what failed has left nothing behind
+    assert (graphs.failure or "").startswith("the forward cannot be captured: it waits for the GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Syncs, Copies, Selects])
+def test_a_capture_that_fails_leaves_nothing_behind(kind: type[Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def blind(device: torch.device) -> Iterator[list[Any]]:
+        yield []
+
+    monkeypatch.setattr(graphs_module, "_notice_waits", blind)
+    device = torch.device("cuda", 0)
+    graphs, model, good = Graphs(device, True), kind().to(device), Model().to(device)
+    x = torch.randn(4, 8, device=device)
+    for _ in range(5):
+        assert same(run(graphs, model, x), model(x))
+    assert graphs.replayed == 0
+    assert "captur" in (graphs.failure or "")
+    torch.cuda.synchronize()
+    torch.randn(3, device=device)  # the generator is not stuck in the capture
+    torch.cuda.empty_cache()
+    for _ in range(5):
+        assert same(run(graphs, good, x, name="good"), good(x))
+    assert graphs.replayed == 2
 
 
 @pytest.mark.gpu

@@ -449,7 +449,7 @@ def combine(
             tuple(float(options[name]) for name in statistics.options),
             MERGE=statistics.merge,
             COEFFICIENTS=statistics.coefficients,
-            SLOTS=MAX_PROGRAMS,
+            SLOTS=triton.next_power_of_2(programs),
             num_warps=16,
         )
         if state is not None:

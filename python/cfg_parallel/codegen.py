@@ -12,6 +12,7 @@ import torch
 from cfg_parallel.program import MAX_DIMS, SCALAR, Op, Operand, Program
 
 VEC = 8  # elements that a thread takes at once: 16 bytes of bf16. Of fp32 it takes half
+STATISTICS_BLOCKS_PER_SM = 4  # of 256 threads, each of which has four vectors of an input on their way
 _FEW_INPUTS = 6  # of which that many elements fit in a thread's registers
 _TYPES = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _NORM_LANES = (1, 2, 4, 8, 16, 32)  # threads that hold a row
@@ -131,6 +132,7 @@ def source(program: Program, width: int, arriving: int | None = None) -> str:
     functions = [("bool run(const Tile& tile)", [*lines, *stores, "return true;"])]
     if program.correction is not None:
         parameters += ", const __grid_constant__ StatisticsArgs statistics"
+        bounds += f", {STATISTICS_BLOCKS_PER_SM}"
         call = "run_statistics<Code>(args, statistics)"
         adds = [f"tile.add(moments[{k}], {name(stored)});" for k, stored in enumerate(program.stores)]
         stores = [store(k, f"values[{k}]") for k in range(len(program.outputs))]

@@ -7,9 +7,11 @@ compared with the eager one bit for bit. What cannot be captured stays eager, an
 
 from __future__ import annotations
 
+import contextlib
 import time
+import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from cfg_parallel.codec import TensorSpec, decode, encode_plain
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.timing import Mark, mark
 
+CPU = torch.device("cpu")
 GraphMode = Literal["auto", True, False]
 
 _MOST_GRAPHS = 16  # on a device, the least recently used ones go; they share their working memory
@@ -139,13 +142,14 @@ class Graphs:
             self._kinds.popitem(last=False)
         why = self._why_not_now(denoiser, kind)
         start, clock = mark(self.device), time.perf_counter()
-        (args, kwargs), _ = decode(body, tensors)
-        output = module(*args, **kwargs)
+        with _notice_waits(self.device if why is None else CPU) as waits:
+            (args, kwargs), _ = decode(body, tensors)
+            output = module(*args, **kwargs)
         kind.host_ms = (time.perf_counter() - clock) * 1e3
         kind.marks = start, mark(self.device)
         kind.calls += 1
         if why is None:
-            why = self._try_capture(key, kind, denoiser, module, body, tensors, output)
+            why = self._try_capture(key, kind, denoiser, module, body, tensors, output, bool(waits))
         self.eager[why] += 1
         return output
 
@@ -176,9 +180,12 @@ class Graphs:
         body: bytes,
         tensors: Sequence[torch.Tensor],
         expected: Any,
+        waits: bool,
     ) -> str:
         """Capture a graph for the next call of this kind; why this one was eager."""
         try:
+            if waits:
+                raise UncapturableError("it waits for the GPU (.item(), a boolean mask) or copies from host memory")
             graph = self._make(module, body, tensors)
             expected_body, values = encode_plain(expected)
             results = encode_plain(graph.run(tensors))[1]
@@ -235,6 +242,40 @@ class _CudaCapture:
             autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=cast, cache_enabled=False)
             # Other threads, of the transport for one, go on calling CUDA.
             capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            with autocast, capturing:
-                output = forward()
+            try:
+                with autocast, capturing:
+                    output = forward()
+            except BaseException:
+                self._recover()
+                raise
             return output, graph.replay
+
+    def _recover(self) -> None:
+        """After a capture that failed PyTorch's allocator and random generator believe that it goes on (2.11, 2.13)."""
+        with contextlib.suppress(RuntimeError):  # it was told
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=self._device)
+
+
+@contextlib.contextmanager
+def _notice_waits(device: torch.device) -> Iterator[list[Any]]:
+    """What of PyTorch's warnings about waiting for `device` is raised inside: a graph could not do that. A capture that
+    fails half-way is best avoided."""
+    waits: list[Any] = []
+    if device.type != "cuda":
+        yield waits
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            waits.append(warning)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

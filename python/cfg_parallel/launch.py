@@ -21,8 +21,7 @@ class LaunchError(CfgParallelError):
     """The kernels cannot run a program, on these tensors. Nothing was launched."""
 
 
-_STATISTICS_BLOCKS_PER_SM = 8
-_MOST_SAMPLES = 65535  # of a grid's second dimension
+_MOST_SAMPLES = 65534  # of a grid's second dimension, and even: sums begin at a multiple of 8 bytes
 
 Execute = Callable[..., None]  # `launch`, or what takes its place
 
@@ -64,7 +63,8 @@ def launch(
         native = _native(program)
         statistics: Any = None
         if program.correction is not None:
-            _held, *statistics = _scratch(program, device)  # until the kernel is enqueued
+            scratch = _scratch(program, device, stream)  # held until the kernel is enqueued
+            statistics = _statistics(program, scratch)
         missing = native.launch(*addresses, scalars, device.index, stream, peer, statistics)
         if missing is not None:
             _, width, arriving = missing
@@ -77,20 +77,37 @@ def launch(
         arrival.launched()
 
 
-def _scratch(program: Program, device: torch.device) -> tuple[torch.Tensor, int, int, int, int]:
-    """Memory for what a program's blocks find, and what the kernel is told of it."""
+def _statistics(program: Program, scratch: torch.Tensor) -> tuple[int, int, int, int]:
+    """What a kernel that adds up samples is told: memory for what its blocks find, elements of a sample, blocks."""
+    _, per_sample, blocks = _grid(program, scratch.device)
+    return scratch.data_ptr() + 4 * _MOST_SAMPLES, scratch.data_ptr(), per_sample, blocks
+
+
+def _grid(program: Program, device: torch.device) -> tuple[int, int, int]:
+    """Samples, the elements of each, and the blocks that share one."""
     samples = math.prod(
         size for size, stride in zip(program.shape, program.outputs[0].strides, strict=True) if stride != 0
     )
     if samples > _MOST_SAMPLES:
         raise LaunchError(f"there are more than {_MOST_SAMPLES} samples")
     per_sample = math.prod(program.shape) // samples
-    on_gpu = torch.cuda.get_device_properties(device).multi_processor_count * _STATISTICS_BLOCKS_PER_SM
-    blocks = max(1, min(per_sample // (256 * codegen.VEC), on_gpu // samples))
-    tickets = -(-samples // 2)  # of 4 bytes, in places of 8
-    scratch = torch.zeros(tickets + samples * blocks * len(program.outputs) * 3, dtype=torch.float64, device=device)
-    address = scratch.data_ptr()
-    return scratch, address + 8 * tickets, address, per_sample, blocks
+    on_gpu = torch.cuda.get_device_properties(device).multi_processor_count * codegen.STATISTICS_BLOCKS_PER_SM
+    return samples, per_sample, max(1, min(per_sample // (256 * codegen.VEC), on_gpu // samples))
+
+
+_scratches: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _scratch(program: Program, device: torch.device, stream: int) -> torch.Tensor:
+    """Memory for one such kernel at a time on `stream`: the tickets of samples, zero before and after, and its sums."""
+    samples, _, blocks = _grid(program, device)
+    nbytes = 4 * _MOST_SAMPLES + 24 * samples * blocks * len(program.outputs)
+    known = _scratches.get((device, stream))
+    if known is None or known.numel() < nbytes:
+        known = torch.zeros(2 * nbytes, dtype=torch.uint8, device=device)
+        if not torch.cuda.is_current_stream_capturing():  # else it is zeroed by that graph, and for that graph alone
+            _scratches[device, stream] = known
+    return known
 
 
 def _address(tensor: torch.Tensor | None) -> int:
