@@ -54,7 +54,7 @@ class Model(torch.nn.Module):
 
 
 def run(graphs: Graphs, module: torch.nn.Module, *args: Any, name: str = "unet", **kwargs: Any) -> Any:
-    body, tensors = encode_plain(((args, kwargs), None))
+    body, tensors = encode_plain((args, kwargs))
     return graphs.run(name, module, body, tensors)  # type: ignore[arg-type]
 
 
@@ -225,7 +225,7 @@ def test_a_forward_that_gives_something_else_each_time(graphs: Graphs) -> None:
 def test_an_argument_in_host_memory() -> None:
     graphs = Graphs(torch.device("meta"), True, rerun)
     with pytest.raises(UncapturableError, match="in host memory"):
-        graphs._make(Model(), *encode_plain(((torch.randn(4, 8),), None)))  # type: ignore[arg-type]
+        graphs._make(Model(), *encode_plain(((torch.randn(4, 8),), {})))  # type: ignore[arg-type]
 
 
 # How many
@@ -386,7 +386,7 @@ def test_graphs_share_their_working_memory() -> None:
         for _ in range(5):
             assert torch.equal(run(graphs, module, x), module(x))
     assert graphs.captured == len(sizes)
-    assert torch.cuda.memory_reserved() - before < 300 << 20  # each alone takes 256 MiB
+    assert torch.cuda.memory_reserved() - before < 600 << 20  # each alone takes 256 MiB, and so does an eager forward
 
 
 def test_a_graph_copies_what_it_is_given_the_first_time() -> None:

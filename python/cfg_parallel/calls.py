@@ -68,7 +68,7 @@ class Call:
                 args, kwargs = map_tensors(args, Rows.tensor, Rows), map_tensors(kwargs, Rows.tensor, Rows)
             if graphs is not None and graphs.on:
                 with contextlib.suppress(UnshippableError):  # what has no bytes has no graph
-                    body, tensors = encode_plain(((args, kwargs), None))
+                    body, tensors = encode_plain((args, kwargs))
                     return graphs.run(self.denoiser.name, self.denoiser.module, body, cast("Any", tensors))
             return self.denoiser.module(*args, **kwargs)
 

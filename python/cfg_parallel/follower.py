@@ -106,7 +106,9 @@ class Follower:
         tensors = [kept[i] if is_resident else next(fresh) for i, is_resident in enumerate(resident)]
         self._residents[slot] = tensors
         versions = [tensor._version for tensor in tensors]
-        (args, kwargs), context = decode(header["body"], tensors)
+        context_body, context_tensors = header["context"]
+        arguments = tensors[: len(tensors) - context_tensors]
+        context = decode(context_body, tensors[len(arguments) :])
         module = self._denoisers[slot[0]]
         autocast = header["autocast"]
         start = mark(self._link.device)
@@ -117,8 +119,9 @@ class Follower:
             if context is not None:
                 stack.enter_context(module.cache_context(context[0], **context[1]))  # type: ignore[operator]
             if self._graphs.on:
-                output = self._graphs.run(slot[0], module, header["body"], tensors)
+                output = self._graphs.run(slot[0], module, header["body"], arguments)
             else:
+                args, kwargs = decode(header["body"], arguments)
                 output = module(*args, **kwargs)
         self._timings.append((start, mark(self._link.device)))
         if versions != [tensor._version for tensor in tensors]:

@@ -127,7 +127,7 @@ class Graphs:
                 del known[key]  # type: ignore[attr-defined]
 
     def run(self, denoiser: str, module: torch.nn.Module, body: bytes, tensors: Sequence[torch.Tensor]) -> Any:
-        """The denoiser's output. `body` and `tensors` are what encode_plain makes of ((args, kwargs), context)."""
+        """The denoiser's output. `body` and `tensors` are what encode_plain makes of (args, kwargs)."""
         cast = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         key = (denoiser, body, cast, modes, *(TensorSpec.of(tensor, self.device) for tensor in tensors))
@@ -143,7 +143,7 @@ class Graphs:
         why = self._why_not_now(denoiser, kind)
         start, clock = mark(self.device), time.perf_counter()
         with _notice_waits(self.device if why is None else CPU) as waits:
-            (args, kwargs), _ = decode(body, tensors)
+            args, kwargs = decode(body, tensors)
             output = module(*args, **kwargs)
         kind.host_ms = (time.perf_counter() - clock) * 1e3
         kind.marks = start, mark(self.device)
@@ -212,7 +212,7 @@ class Graphs:
         with torch.inference_mode(False):  # so that any tensor can be copied into them
             places = [TensorSpec.of(tensor, self.device).empty(self.device).copy_(tensor) for tensor in tensors]
         versions = [place._version for place in places]
-        (args, kwargs), _ = decode(body, places)
+        args, kwargs = decode(body, places)
 
         def forward() -> Any:
             return encode_plain(module(*args, **kwargs))
@@ -254,7 +254,8 @@ class _CudaCapture:
         """After a capture that failed PyTorch's allocator and random generator believe that it goes on (2.11, 2.13)."""
         with contextlib.suppress(RuntimeError):  # it was told
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+        self._stream = self._pool = None  # graphs from before keep theirs
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
             torch.zeros(1, device=self._device)
 
 

@@ -431,7 +431,7 @@ def _choose_backend(call: _Call, out: torch.Tensor) -> Backend:
         return "torch"
     has_cuda = executor(out.device)[0] is not None
     has_triton = _triton_missing_reason() is None and _triton_obstacle(call, out) is None
-    if has_triton and (call.definition.over_samples or not has_cuda):  # sums over samples have kernels in Triton only
+    if has_triton and (call.rule in ("zero_star", "apg") or not has_cuda):  # their sums have kernels in Triton only
         return "triton"
     return "cuda" if has_cuda else "torch"
 

@@ -196,7 +196,10 @@ class RemoteFollower:
 
         A tensor that is the same object at the same version as in the last call of this branch is not sent again."""
         start = time.perf_counter()
-        body, tensors = encode_plain(((args, kwargs), context), settle)
+        body, tensors = encode_plain((args, kwargs), settle)
+        # Apart from the arguments, as it may name the step, which makes no other kind of call of it.
+        context_body, context_tensors = encode_plain(context, settle)
+        tensors = [*tensors, *context_tensors]
         kept = self._residents.get((name, branch), [])
         identities = [_identity(tensor) for tensor in tensors]
         resident = [i < len(kept) and _same(identities[i], kept[i]) for i in range(len(tensors))]
@@ -205,6 +208,7 @@ class RemoteFollower:
             fresh = [tensor.clone() for tensor in fresh]
         before = self.link.bytes_sent
         header = {"kind": "call", "slot": (name, branch), "body": body, "resident": resident, "autocast": autocast}
+        header["context"] = context_body, len(context_tensors)
         call = RemoteCall(self, pins=fresh)
         with self._watch():  # an interrupt in here gives the follower up, so what is noted is what was sent
             self.link.send(header, fresh)
