@@ -14,8 +14,6 @@ import cloudpickle
 import numpy as np
 import torch
 
-from cfg_parallel.errors import ConfigurationError
-
 
 class UnshippableError(TypeError):
     """An argument is not plain data: a copy of it on the follower would drift from the leader's."""
@@ -100,17 +98,54 @@ class _StructurePickler(cloudpickle.Pickler):
         self._index: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> tuple[int, bool, bool] | None:
-        if not isinstance(obj, torch.Tensor):
+        if not isinstance(obj, torch.Tensor) or is_special(obj):
             return None
-        if type(obj) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            raise ConfigurationError(
-                f"The denoiser has a weight of type {type(obj).__name__}; cfg-parallel does not support quantized and "
-                "other special weights yet. Load it without quantization."
-            )
         index = self._index.setdefault(id(obj), len(self.tensors))
         if index == len(self.tensors):
             self.tensors.append(obj)
         return index, isinstance(obj, torch.nn.Parameter), obj.requires_grad
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):  # quantized, say
+            return _rebuild_special, take_apart(obj)
+        return super().reducer_override(obj)
+
+
+def is_special(tensor: torch.Tensor) -> bool:
+    """Whether it is more than its elements: a tensor subclass, as quantized weights are."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def take_apart(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What a special tensor is made of: plain tensors, and what is needed to put them together again.
+
+    Either it wraps tensors by PyTorch's protocol for that (torchao, quanto), or it is a tensor with attributes (GGUF,
+    bitsandbytes)."""
+    kind, is_parameter = type(tensor), isinstance(tensor, torch.nn.Parameter)
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name) for name in names}
+        return kind, parts, context, tensor.size(), tensor.stride(), is_parameter, tensor.requires_grad
+    with torch._C.DisableTorchFunctionSubclass():
+        elements = torch.Tensor._make_subclass(torch.Tensor, tensor.detach())
+    return kind, {"": elements}, dict(tensor.__dict__), None, None, is_parameter, tensor.requires_grad
+
+
+def _rebuild_special(
+    kind: Any,
+    parts: dict[str, torch.Tensor],
+    context: Any,
+    size: Any,
+    stride: Any,
+    is_parameter: bool,
+    requires_grad: bool,
+) -> torch.Tensor:
+    if size is None:
+        tensor = torch.Tensor._make_subclass(kind, parts[""], requires_grad)
+        tensor.__dict__.update(context)
+        return tensor
+    tensor = kind.__tensor_unflatten__(parts, context, size, stride)
+    return torch.nn.Parameter(tensor, requires_grad=requires_grad) if is_parameter else tensor
 
 
 # What a call may carry besides tensors and the builtin containers: values, not objects with a life of their own.

@@ -20,7 +20,7 @@ from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import Generation, Leader
-from cfg_parallel.patch import CfgParallel, denoiser_view
+from cfg_parallel.patch import CfgParallel, denoiser_view, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.remote import PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
@@ -151,6 +151,7 @@ class Leading(CfgParallel):
         self._shipped: dict[str, Any] = {}
         self._guidance: dict[str, Any] = {}
         self._watches: dict[str, Watch] = {}
+        self._warned_of_graphs = False
         self._spmd = spmd.rank() is not None
         try:
             self._connect(remotes)
@@ -166,6 +167,14 @@ class Leading(CfgParallel):
         self._signature = inspect.signature(self._class.__call__)
         for name, denoiser in self._denoisers.items():
             pipe.__dict__[name] = denoiser_view(denoiser, self._leader)
+        self._view_scheduler(pipe)
+
+    def _view_scheduler(self, pipe: Any) -> None:
+        """Its timesteps are known on the host, so that no step waits for the one before; also of a new scheduler."""
+        scheduler = pipe.__dict__.get("scheduler")
+        kind = type(scheduler)
+        if hasattr(kind, "set_timesteps") and not hasattr(kind, "_cfg_parallel_scheduler"):
+            pipe.__dict__["scheduler"] = scheduler_view(scheduler)
 
     def _connect(self, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
@@ -260,6 +269,7 @@ class Leading(CfgParallel):
                     raise
                 self._leader.remotes[i] = fresh
         pipe = self._pipe()
+        self._view_scheduler(pipe)
         for name, denoiser in self._denoisers.items():
             current = getattr(pipe, name)
             device = next(current.parameters()).device
@@ -346,6 +356,10 @@ class Leading(CfgParallel):
     def _warn_if_useless(self) -> None:
         generation = self._generation
         assert generation is not None
+        failure = self._leader.graphs.failure
+        if failure is not None and not self._warned_of_graphs:
+            self._warned_of_graphs = True
+            warnings.warn(f"cfg-parallel runs without CUDA graphs: {failure}.", stacklevel=4)
         if generation.steps and not any(step.branches > 1 for step in generation.steps) and len(self.devices) > 1:
             warnings.warn(f"cfg-parallel: {self.report.why}", stacklevel=4)
 
@@ -358,6 +372,9 @@ class Leading(CfgParallel):
                 for name, denoiser in self._denoisers.items():
                     if getattr(type(pipe.__dict__.get(name)), "_cfg_parallel_denoiser", None) is denoiser:
                         pipe.__dict__[name] = denoiser.module
+                scheduler = pipe.__dict__.get("scheduler")
+                if scheduler is not None and hasattr(type(scheduler), "_cfg_parallel_scheduler"):
+                    pipe.__dict__["scheduler"] = type(scheduler)._cfg_parallel_scheduler
             if self._generation is not None and self._report is None:
                 with contextlib.suppress(FollowerLostError):  # then there is nothing to report on
                     self._report = self._make_report(self._generation)

@@ -37,6 +37,7 @@ from cfg_parallel.pending import (
 )
 from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
+from cfg_parallel.timesteps import HostKnown, plain
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.peer import Arrival
 
@@ -146,7 +147,10 @@ class Leader:
                 generation.local_calls += 1
                 self._end_step(generation)
             return denoiser.module(*args, **kwargs)
-        pendings = [t for t in tensors_in((args, kwargs)) if isinstance(t, PendingPrediction)]
+        tensors = list(tensors_in((args, kwargs)))
+        if any(isinstance(tensor, HostKnown) for tensor in tensors):
+            args, kwargs = map_tensors(args, plain), map_tensors(kwargs, plain)
+        pendings = [t for t in tensors if isinstance(t, PendingPrediction)]
         depends = generation is not None and _depends(pendings, generation.step.nodes)
         if pendings:
             args, kwargs = map_tensors(args, settle), map_tensors(kwargs, settle)

@@ -14,6 +14,7 @@ import torch
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.leader import Leader
 from cfg_parallel.report import Report
+from cfg_parallel.timesteps import know
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,4 +100,31 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
     cls = _subclass(type(module), namespace)
     view: torch.nn.Module = object.__new__(cls)
     object.__setattr__(view, "__dict__", module.__dict__)
+    return view
+
+
+def _itself(obj: Any) -> Any:
+    return obj
+
+
+def scheduler_view(scheduler: Any, any_device: bool = False) -> Any:
+    """The scheduler seen through another class, whose `set_timesteps` leaves timesteps on a GPU that the host knows."""
+
+    original = type(scheduler).set_timesteps
+
+    @functools.wraps(original)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        timesteps = self.__dict__.get("timesteps")
+        if isinstance(timesteps, torch.Tensor) and (any_device or timesteps.is_cuda):
+            self.timesteps = know(timesteps)
+        return result
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _itself, (scheduler,)
+
+    namespace = {"set_timesteps": set_timesteps, "__reduce_ex__": __reduce_ex__, "_cfg_parallel_scheduler": scheduler}
+    cls = _subclass(type(scheduler), namespace)
+    view: Any = object.__new__(cls)
+    object.__setattr__(view, "__dict__", scheduler.__dict__)
     return view

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cfg_parallel.codec import TensorSpec, decode, encode_structure
+from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
 
@@ -165,6 +165,9 @@ class Watch:
 
 def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     """`.to(dtype)` keeps a parameter's identity and version, but not its memory."""
+    if is_special(tensor):
+        kind, parts, context, *_ = take_apart(tensor)
+        return id(kind), *(item for part in parts.values() for item in _tensor(part)[1:]), _setting(context)
     return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype
 
 

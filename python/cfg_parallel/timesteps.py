@@ -1,0 +1,99 @@
+"""Timesteps on a GPU whose values the host knows: reading one does not wait for the GPU.
+
+Schedulers keep their timesteps on the GPU and look single ones up in a table in host memory (DDIM, PNDM), or compare
+them with a number (Wan 2.2). Each time the host waits until the GPU is done with everything before, and only then
+prepares the next step. The values are known from the beginning: `HostKnown` carries them along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Results of these are known too, if all tensors that they are computed from are. On CPUs and GPUs they are the same.
+_TWINS = {
+    *("__getitem__", "unbind", "select", "expand", "view", "reshape", "flatten", "squeeze", "unsqueeze"),
+    *("clone", "detach", "long", "int"),
+    *("__add__", "add", "__radd__", "__sub__", "sub", "__rsub__", "rsub", "__mul__", "mul", "__rmul__", "__neg__"),
+    *("__eq__", "eq", "__ne__", "ne", "__lt__", "lt", "__le__", "le", "__gt__", "gt", "__ge__", "ge"),
+}
+_READS = {
+    *("item", "tolist", "cpu", "numpy"),
+    *("__int__", "__float__", "__bool__", "__index__", "__format__", "__contains__"),
+}
+
+
+class HostKnown(torch.Tensor):
+    """`real`, with `host`: the same values in host memory. In every operation it is `real`; reading its value, or
+    looking something up by it in host memory, uses `host`, unless `real` has been overwritten since."""
+
+    _real: torch.Tensor
+    _host: torch.Tensor
+    _seen: int
+
+    @staticmethod
+    def __new__(cls, real: torch.Tensor, host: torch.Tensor) -> HostKnown:
+        self = torch.Tensor._make_subclass(cls, real)
+        self._real, self._host, self._seen = real, host, _version(real)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        subject: Any = args[0] if args else None
+        if name in _READS and isinstance(subject, HostKnown) and subject._is_current():
+            return func(subject._host.clone() if name in ("cpu", "numpy") else subject._host, *args[1:], **kwargs)
+        if name == "__getitem__" and not isinstance(subject, HostKnown) and subject.device.type == "cpu":
+            return func(subject, _map(args[1], HostKnown._read))
+        result = func(*_map(args, plain), **_map(kwargs, plain))
+        if name in _TWINS and all(_is_known(obj) for obj in _flat((args, kwargs))):
+            hosts = func(*_map(args, HostKnown._read), **_map(kwargs, HostKnown._read))
+            if isinstance(result, torch.Tensor):
+                return HostKnown(result, hosts)
+            return type(result)(map(HostKnown, result, hosts))  # unbind
+        return result
+
+    def _is_current(self) -> bool:
+        return _version(self._real) == self._seen
+
+    def _read(self) -> torch.Tensor:
+        return self._host if self._is_current() else self._real
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor behind a HostKnown; any other as it is."""
+    return tensor._real if isinstance(tensor, HostKnown) else tensor
+
+
+def know(timesteps: torch.Tensor) -> torch.Tensor:
+    """`timesteps`, known on the host. Waits for the GPU, now and not at every step."""
+    if isinstance(timesteps, HostKnown) and timesteps._is_current():
+        return timesteps
+    return HostKnown(plain(timesteps), plain(timesteps).cpu().clone())
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_known(obj: Any) -> bool:
+    return not isinstance(obj, torch.Tensor) or (isinstance(obj, HostKnown) and obj._is_current())
+
+
+def _flat(obj: Any) -> list[Any]:
+    if isinstance(obj, (tuple, list)):
+        return [leaf for item in obj for leaf in _flat(item)]
+    return _flat(list(obj.values())) if isinstance(obj, dict) else [obj]
+
+
+def _map(obj: Any, fn: Any) -> Any:
+    """`obj` with `fn` applied to what is HostKnown in tuples, lists and dicts."""
+    if isinstance(obj, HostKnown):
+        return fn(obj)
+    if isinstance(obj, (tuple, list)):
+        return type(obj)(_map(item, fn) for item in obj)
+    if isinstance(obj, dict):
+        return {key: _map(value, fn) for key, value in obj.items()}
+    return obj
