@@ -227,6 +227,7 @@ def test_call_arguments_are_the_pipelines_own(photo: Path) -> None:
         (2, ["--devices", "cuda:0,cuda:0"], "twice"),
         (2, ["--devices", "cpu,cuda:0"], "mixes"),
         (0, ["--transport", "nccl"], "nccl"),
+        (0, ["--cuda-graphs", "on"], "--cuda-graphs on needs GPUs, but would run on cpu,cpu"),
     ],
 )
 def test_devices_that_are_not_there(

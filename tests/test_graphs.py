@@ -270,6 +270,15 @@ def test_auto_waits_where_the_gpu_is_the_limit(model: Model, monkeypatch: pytest
     assert graphs.replayed == 2
 
 
+def test_auto_leaves_memory_to_others(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "_free_memory", lambda device: 0.19)
+    x = torch.randn(4, 8)
+    for mode, captured in (("auto", 0), (True, 1)):
+        graphs = Graphs(CPU, mode, rerun)  # type: ignore[arg-type]
+        warm(graphs, model, x)
+        assert graphs.captured == captured
+
+
 class Event:
     """A point in time on a device, in milliseconds; reached or not."""
 

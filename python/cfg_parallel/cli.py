@@ -97,6 +97,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         help="such as cuda:0,cuda:1 or cpu,cpu; the first leads (default: GPUs, or CPU processes without a GPU)",
     )
     add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
+    add("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help="default: %(default)s")
     add("--compare", action="store_true", help="run one device first and compare time and picture")
 
 

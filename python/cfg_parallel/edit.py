@@ -46,6 +46,8 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
 
     # From here on torch and diffusers are needed (seconds to import); the weights are loaded last.
     devices = choose_devices(args.cfg_parallel_size, args.devices, args.transport)
+    if devices[0] == "cpu" and args.cuda_graphs == "on":
+        raise ConfigurationError(f"--cuda-graphs on needs GPUs, but would run on {','.join(devices)}: leave it out.")
     if index is None:
         index = fetch_model_index(args.model)
     call = call_arguments(find_pipeline_class(args.model, index), args, images)
@@ -67,7 +69,13 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         one = _generate(pipe, call, args, devices[0])
     print(f"cfg-parallel: {','.join(devices)}", flush=True)
     start = time.perf_counter()
-    with enable_cfg_parallel(pipe, cfg_parallel_size=len(devices), devices=devices, transport=args.transport) as handle:
+    with enable_cfg_parallel(
+        pipe,
+        cfg_parallel_size=len(devices),
+        devices=devices,
+        transport=args.transport,
+        cuda_graphs={"auto": "auto", "on": True, "off": False}[args.cuda_graphs],  # type: ignore[arg-type]
+    ) as handle:
         started_s = time.perf_counter() - start
         many = _generate(pipe, call, args, devices[0])
         report = str(handle.report)

@@ -27,7 +27,8 @@ GraphMode = Literal["auto", True, False]
 _MOST_GRAPHS = 16  # on a device, the least recently used ones go; they share their working memory
 _MOST_SEEN = 1024  # kinds of calls that are counted
 _EAGER_CALLS = 2  # before a capture: the first call allocates, compiles and picks algorithms
-_CALLS_WHEN_GPU_BOUND = 30  # "auto": a graph saves a few percent then, and capturing costs two forwards
+_CALLS_WHEN_GPU_BOUND = 100  # "auto": a graph saves a few percent then, and capturing costs two forwards
+_FREE_MEMORY = 0.2  # "auto": of the GPU's; a graph keeps the memory of a forward from everybody else
 _LAUNCH_BOUND = 0.8  # of the GPU's time for a forward that the host needs to launch it
 _FEW_REPLAYS = 8  # a graph that was replayed less than this was not worth its capture
 _PATIENCE = 3  # such graphs, or failed captures, one after the other, until a denoiser is left alone
@@ -159,8 +160,11 @@ class Graphs:
             return self._reasons.get(denoiser, "calls of one kind are too few for a graph to pay")
         if kind.calls < _EAGER_CALLS:
             return "the first calls of a kind are eager"
-        if self.mode == "auto" and kind.calls < _CALLS_WHEN_GPU_BOUND and not self._is_launch_bound(kind):
-            return "the GPU is the limit, not the launching"
+        if self.mode == "auto":
+            if kind.calls < _CALLS_WHEN_GPU_BOUND and not self._is_launch_bound(kind):
+                return "the GPU is the limit, not the launching"
+            if _free_memory(self.device) < _FREE_MEMORY:
+                return "less than a fifth of the GPU's memory is free for graphs (cuda_graphs=True takes it)"
         return None
 
     def _is_launch_bound(self, kind: _Kind) -> bool:
@@ -257,6 +261,15 @@ class _CudaCapture:
         self._stream = self._pool = None  # graphs from before keep theirs
         with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
             torch.zeros(1, device=self._device)
+
+
+def _free_memory(device: torch.device) -> float:
+    """The part of the device's memory that nobody holds, but for what PyTorch keeps for later."""
+    if device.type != "cuda":
+        return 1.0
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + kept) / total
 
 
 @contextlib.contextmanager
