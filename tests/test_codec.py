@@ -532,13 +532,42 @@ def test_diffusers_hook_registry() -> None:
     assert not torch.equal(arrived(x), module(x))
 
 
-def test_parameter_subclass_is_refused() -> None:
-    class Tagged(torch.nn.Parameter):
-        pass
+class Tagged(torch.nn.Parameter):
+    tag: Any
 
+
+def test_a_parameter_with_attributes_keeps_them() -> None:
     module = torch.nn.Linear(2, 2)
     module.bias = Tagged(torch.randn(2))
-    with pytest.raises(ConfigurationError, match="a weight of type Tagged"):
+    module.bias.tag = {"scale": torch.randn(3), "name": "four bits"}
+    arrived = ship_module(module)
+    assert type(arrived.bias) is Tagged
+    assert torch.equal(arrived.bias, module.bias)
+    assert torch.equal(arrived.bias.tag["scale"], module.bias.tag["scale"])
+    assert arrived.bias.tag["name"] == "four bits"
+
+
+class Wrapper(torch.Tensor):
+    """As quantized weights are made, but with no protocol to take it apart by."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+def test_a_weight_that_cannot_be_taken_apart_is_refused() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.bias = torch.nn.Parameter(Wrapper(torch.randn(2)), requires_grad=False)
+    with pytest.raises(ConfigurationError, match="a weight of type Wrapper, which wraps other tensors"):
         ship_module(module)
 
 

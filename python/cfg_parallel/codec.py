@@ -14,6 +14,8 @@ import cloudpickle
 import numpy as np
 import torch
 
+from cfg_parallel.errors import ConfigurationError
+
 
 class UnshippableError(TypeError):
     """An argument is not plain data: a copy of it on the follower would drift from the leader's."""
@@ -126,9 +128,22 @@ def take_apart(tensor: torch.Tensor) -> tuple[Any, ...]:
         names, context = tensor.__tensor_flatten__()
         parts = {name: getattr(tensor, name) for name in names}
         return kind, parts, context, tensor.size(), tensor.stride(), is_parameter, tensor.requires_grad
+    if not _has_elements(tensor):
+        raise ConfigurationError(
+            f"The denoiser has a weight of type {kind.__name__}, which wraps other tensors and has no "
+            "__tensor_flatten__ to take it apart by; load the denoiser without this quantization."
+        )
     with torch._C.DisableTorchFunctionSubclass():
         elements = torch.Tensor._make_subclass(torch.Tensor, tensor.detach())
     return kind, {"": elements}, dict(tensor.__dict__), None, None, is_parameter, tensor.requires_grad
+
+
+def _has_elements(tensor: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return tensor.data_ptr() != 0 or tensor.numel() == 0
+        except RuntimeError:  # it has no storage
+            return False
 
 
 def _rebuild_special(
