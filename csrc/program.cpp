@@ -72,10 +72,10 @@ std::optional<Variant> Program::launch(const std::vector<std::uintptr_t>& inputs
   const Variant variant{.device = device, .width = width, .arriving = arriving == nullptr ? -1 : input};
   const std::shared_ptr<Kernel> kernel = find(variant);
   if (kernel == nullptr) return variant;
-  args.resize(args.size() + (scalars.size() + 1) / 2);
-  if (!scalars.empty()) {
-    std::memcpy(&args[args.size() - (scalars.size() + 1) / 2], scalars.data(), scalars.size() * sizeof(float));
-  }
+  const std::size_t before = args.size();
+  args.resize(before +
+              std::max<std::size_t>((scalars.size() + 1) / 2, 1));  // a program without scalars has room for one
+  if (!scalars.empty()) std::memcpy(&args[before], scalars.data(), scalars.size() * sizeof(float));
   const std::int64_t units = numel_ / width + numel_ % width;
   std::int64_t grid = std::max<std::int64_t>((units + kProgramThreads - 1) / kProgramThreads, 1);
   std::int64_t samples = 1;

@@ -95,6 +95,7 @@ def test_too_many_dimensions() -> None:
         ((4, 64), [(65, 1)], 1),  # rows begin off the grid
         ((4, 12), [(16, 1)], 1),  # a rest in every row
         ((4096,), [(1,)] * 7, 4),
+        ((2, 64), [(64, 1), (1, 0)], 8),  # a number for each sample
     ],
 )
 def test_vectors(shape: tuple[int, ...], inputs: list[tuple[int, ...]], width: int) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +48,8 @@ class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(8, 8))
-        self.calls = 0
 
     def forward(self, x: torch.Tensor, timestep: Any = 1.0, prompt: torch.Tensor | None = None) -> Any:
-        self.calls += 1
         y = x @ self.weight * timestep
         return Output(y if prompt is None else y + prompt, (x.mean(), "name"))
 
@@ -220,6 +221,81 @@ def test_a_forward_that_gives_something_else_each_time(graphs: Graphs) -> None:
         run(graphs, Random(), torch.zeros(4))
     assert graphs.captured == 0
     assert "not the eager one" in (graphs.failure or "")
+
+
+class Counts(Model):
+    def forward(self, x: torch.Tensor, timestep: Any = 1.0, prompt: torch.Tensor | None = None) -> Any:
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().forward(x, float(self.steps))
+
+
+class Casts(Model):
+    """As layerwise casting: the weights move in every forward."""
+
+    def forward(self, x: torch.Tensor, timestep: Any = 1.0, prompt: torch.Tensor | None = None) -> Any:
+        output = super().forward(x)
+        self.weight.data = self.weight.data.clone()
+        return output
+
+
+@pytest.mark.parametrize("kind", [Counts, Casts])
+def test_a_forward_that_changes_the_denoiser(graphs: Graphs, kind: type[Model]) -> None:
+    module, other = kind(), kind()
+    other.load_state_dict(module.state_dict())
+    for _ in range(6):
+        x = torch.randn(4, 8)
+        assert same(run(graphs, module, x), other(x))
+    assert graphs.replayed == 0
+    assert "changes the denoiser" in (graphs.failure or "")
+
+
+def test_forward_hooks_are_called_every_time(graphs: Graphs, model: Model) -> None:
+    called = []
+    model.register_forward_hook(lambda *_: called.append(1))
+    for _ in range(6):
+        run(graphs, model, torch.randn(4, 8))
+    assert len(called) == 6
+    assert "forward hook" in (graphs.failure or "")
+
+
+def test_a_graph_keeps_what_it_reads(graphs: Graphs) -> None:
+    """A table in a cache of the model's own, which drops it when it is full, as Qwen-Image's rotary embedding has."""
+
+    class Tables(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(8))
+
+        @staticmethod
+        @functools.lru_cache(maxsize=2)
+        def table(rows: int) -> torch.Tensor:
+            return torch.randn(rows, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.table(x.shape[0])) * self.weight
+
+    module = Tables()
+    warm(graphs, module, torch.randn(3, 8))
+    table = weakref.ref(module.table(3).untyped_storage())
+    ((_, graph),) = graphs._graphs.items()
+    held = {tensor.data_ptr() for tensor in graph.keeps}
+    assert {module.table(3).data_ptr(), module.weight.data_ptr()} <= held
+    assert len(graph.keeps) == 3  # and the argument; nothing that the forward makes itself
+    module.table.cache_clear()
+    assert table() is not None
+    graphs.clear()
+    del graph
+    gc.collect()
+    assert table() is None
+
+
+def test_alignment_is_part_of_the_kind(graphs: Graphs, model: Model) -> None:
+    memory = torch.randn(64)
+    warm(graphs, model, memory[:32].view(4, 8))
+    run(graphs, model, memory[1:33].view(4, 8))
+    assert graphs.replayed == 0
+    run(graphs, model, memory[4:36].view(4, 8))
+    assert graphs.replayed == 1
 
 
 def test_an_argument_in_host_memory() -> None:
@@ -400,6 +476,6 @@ def test_graphs_share_their_working_memory() -> None:
 
 def test_a_graph_copies_what_it_is_given_the_first_time() -> None:
     place, x = torch.zeros(2), torch.ones(2)
-    graph = Graph(lambda: None, [place], *encode_plain(place))  # type: ignore[arg-type]
+    graph = Graph(lambda: None, [place], *encode_plain(place), keeps=[])  # type: ignore[arg-type]
     graph.run([x])
     assert torch.equal(place, x)

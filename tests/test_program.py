@@ -53,14 +53,17 @@ class Traced(Fusion):
         return super()._make_plan(recorded, wanted)
 
 
+def _pending(value: torch.Tensor) -> Any:
+    return pending_outputs(lambda: [value], [(value.shape, value.stride(), value.dtype, value.device)])[1][0]
+
+
 def traced(fn: Callable[..., Any], dtypes: list[torch.dtype], exact: bool) -> list[Program]:
     """The programs that `fn` of predictions of these dtypes becomes."""
     fusion = Traced(exact)
     fusion.install()
     try:
         values = [torch.randn(2, 3, 64).to(dtype) for dtype in dtypes]
-        pendings = [pending_outputs(lambda v=v: [v], [(v.shape, v.stride(), v.dtype, v.device)])[1][0] for v in values]  # type: ignore[misc]
-        settle(fn(*pendings))
+        settle(fn(*map(_pending, values)))
     finally:
         fusion.remove()
     return fusion.programs
@@ -141,6 +144,60 @@ def test_two_passes_for_std_rescale(dtype: torch.dtype) -> None:
 def test_standard_deviations_that_programs_compute(std: Callable[..., Any], programs: list[float]) -> None:
     made = traced(lambda p, n: (p - n) * 2.0 * std(p * 3.0), [torch.float32] * 2, False)
     assert [program.correction for program in made if program.correction is not None] == programs
+
+
+class OnGpu(Fusion):
+    """Plans for a GPU, and runs by the interpreter."""
+
+    on_gpu = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, n: p.float() / p.float().std(dim=[1, 2], keepdim=True),
+        lambda p, n: p.clone() * p.clone().std(dim=[1, 2], keepdim=True),
+        lambda p, n: (p - n).std(dim=[1, 2], keepdim=True) * (p - n) + n.std(dim=[1, 2], keepdim=True),
+        lambda p, n: (p / p.std(dim=[1, 2], keepdim=True)).std(dim=[1, 2], keepdim=True) * n,
+        rescaled,
+    ],
+)
+def test_what_standard_deviations_are_combined_with(fn: Callable[..., Any], dtype: torch.dtype) -> None:
+    predictions = [torch.randn(2, 3, 64).to(dtype) for _ in range(2)]
+    fusion = OnGpu(torch.device("cpu"), interpret, "interpreter", exact=False)
+    fusion.install()
+    try:
+        pendings = [_pending(v) for v in predictions]
+        got = settle(fn(*pendings))
+    finally:
+        fusion.remove()
+    exact = fn(*(prediction.double() for prediction in predictions))
+    error = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(got.double(), exact.double(), rtol=error, atol=error)
+
+
+def test_a_prediction_that_only_a_sum_reads_is_not_waited_for_by_its_kernel() -> None:
+    plans = []
+
+    class Planned(Traced):
+        def _make_plan(self, recorded: Any, wanted: frozenset[int]) -> Plan:
+            plans.append(super()._make_plan(recorded, wanted))
+            return plans[-1]
+
+    fusion = Planned(False)
+    fusion.install()
+    try:
+        p, q = (_pending(torch.randn(2, 8)) for _ in range(2))
+        for prediction in (p, q):
+            prediction._node.borrow = lambda: None  # as of a call that is on its way
+        settle(p * 1.5 / (q * 2.0).std(dim=[1], keepdim=True) * 2.0)
+    finally:
+        fusion.remove()
+    (plan,) = plans
+    launches = [action for action in plan.actions if not isinstance(action, int)]
+    (sums,) = [launch for launch in launches if launch.program.correction is not None]
+    assert sums.positions and not plan.borrowed & set(sums.positions)
 
 
 # Numbers

@@ -46,6 +46,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "branch": lambda t: "late" if t[0] < 20 else "early",
     "compare two": lambda t: bool(t[0] == t[1]),
     "contains": lambda t: 20 in t,
+    "contains one of its own": lambda t: t[1] in t,
     "expand": lambda t: t[1].expand(3).tolist(),
     "unsqueeze": lambda t: t[1][None].tolist(),
     "ddim": lambda t: TABLE[t[1] - 10 if t[1] - 10 >= 0 else 0].item(),
@@ -139,7 +140,41 @@ def test_a_view_is_the_scheduler() -> None:
     assert scheduler.num_inference_steps == 5  # one state
     assert scheduler.timesteps.tolist() == view.timesteps.tolist()
     assert view.config == scheduler.config
-    assert type(pickle.loads(pickle.dumps(view))) is diffusers.DDIMScheduler
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+@pytest.mark.parametrize("made", ["of the object", "of its class", "not"])
+def test_copies_of_a_view_are_schedulers(copied: Callable[[Any], Any], made: str) -> None:
+    original = diffusers.DDIMScheduler()
+    view: Any = scheduler_view(original, any_device=True)
+    if made == "of the object":
+        view = view.from_config(view.config, timestep_spacing="trailing")
+    elif made == "of its class":
+        view = type(view).from_config(view.config, timestep_spacing="trailing")
+    view.set_timesteps(5)
+    other = copied(view)
+    assert type(other) is diffusers.DDIMScheduler
+    assert other.config.timestep_spacing == ("leading" if made == "not" else "trailing")
+    other.set_timesteps(3)
+    assert view.num_inference_steps == 5
+
+
+def test_a_scheduler_made_of_a_view_stays_after_disabling() -> None:
+    pipe = TINY["sd15"].build()
+    with cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1):
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        trailing = generate(pipe, TINY["sd15"].inputs(num_inference_steps=3))
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert not hasattr(type(pipe.scheduler), "_cfg_parallel_scheduler")
+    assert torch.equal(generate(pipe, TINY["sd15"].inputs(num_inference_steps=3)), trailing)
+
+
+def test_a_pipeline_with_a_compiled_part_keeps_its_scheduler() -> None:
+    pipe = TINY["sd15"].build()
+    pipe.vae.compile()
+    scheduler = pipe.scheduler
+    with cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1):
+        assert pipe.scheduler is scheduler
 
 
 def test_an_enabled_pipeline_has_a_view_of_its_scheduler() -> None:

@@ -71,7 +71,7 @@ def vector_width(program: Program) -> int:
     if len(where.sizes) > 1 and where.sizes[0] % width:
         return 1  # with one dimension what is left over goes one by one; with more every row would have a rest
     for strides in where.strides:
-        if strides[0] not in (0, 1) or any(stride % width for stride in strides[1:]):
+        if strides[0] not in (0, 1) or (strides[0] == 1 and any(stride % width for stride in strides[1:])):
             return 1
     return width if program.correction is not None or all(strides[0] == 1 for strides in outputs) else 1
 

@@ -20,7 +20,7 @@ from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import Generation, Leader
-from cfg_parallel.patch import CfgParallel, denoiser_view, scheduler_view
+from cfg_parallel.patch import CfgParallel, denoiser_view, original_scheduler, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.remote import PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
@@ -171,10 +171,14 @@ class Leading(CfgParallel):
 
     def _view_scheduler(self, pipe: Any) -> None:
         """Its timesteps are known on the host, so that no step waits for the one before; also of a new scheduler."""
-        scheduler = pipe.__dict__.get("scheduler")
-        kind = type(scheduler)
-        if hasattr(kind, "set_timesteps") and not hasattr(kind, "_cfg_parallel_scheduler"):
-            pipe.__dict__["scheduler"] = scheduler_view(scheduler)
+        scheduler = original_scheduler(pipe.__dict__.get("scheduler"))
+        if not hasattr(type(scheduler), "set_timesteps"):
+            return
+        denoisers = [denoiser.module for denoiser in self._denoisers.values()]
+        others = [m for m in pipe.__dict__.values() if isinstance(m, torch.nn.Module) and m not in denoisers]
+        # The compiler does not take such timesteps, and a compiled ControlNet is given them.
+        known = not any(map(_is_compiled, others))
+        pipe.__dict__["scheduler"] = scheduler_view(scheduler) if known else scheduler
 
     def _connect(self, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
@@ -372,9 +376,9 @@ class Leading(CfgParallel):
                 for name, denoiser in self._denoisers.items():
                     if getattr(type(pipe.__dict__.get(name)), "_cfg_parallel_denoiser", None) is denoiser:
                         pipe.__dict__[name] = denoiser.module
-                scheduler = pipe.__dict__.get("scheduler")
-                if scheduler is not None and hasattr(type(scheduler), "_cfg_parallel_scheduler"):
-                    pipe.__dict__["scheduler"] = type(scheduler)._cfg_parallel_scheduler
+                if "scheduler" in pipe.__dict__:
+                    pipe.__dict__["scheduler"] = original_scheduler(pipe.__dict__["scheduler"])
+            self._leader.graphs.clear()  # the handle may outlive them
             if self._generation is not None and self._report is None:
                 with contextlib.suppress(FollowerLostError):  # then there is nothing to report on
                     self._report = self._make_report(self._generation)
@@ -407,6 +411,12 @@ def _close_all(remotes: list[RemoteFollower], pid: int) -> None:
         return
     for remote in remotes:
         remote.close()
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or any(
+        getattr(sub, "_compiled_call_impl", None) is not None for sub in module.modules()
+    )
 
 
 def _check_same(hello: dict[str, Any], leader: torch.device) -> None:

@@ -439,6 +439,8 @@ class _Planner:
                 reads += 2 * [self._position[ref.node] for ref in self._steps[action].refs()]
         chosen = set()
         for launch in launches:
+            if launch.program.correction is not None:
+                continue  # its kernel has nothing to wait with
             calls = [p for p in launch.positions if self._nodes[p].op is None and reads.count(p) == 1]
             chosen.update(calls[-1:])
         return frozenset(chosen)
@@ -465,7 +467,7 @@ class _Planner:
             return [action for output in outputs for action in self._launches(shape, [output], stage)]
         alone = len(launch.program.code) < 2 and len(outputs) == 1 and not (self._has_place or self._sums[outputs[0]])
         reads = [self._position[ref.node] for ref in self._steps[outputs[0]].refs()]
-        if alone and not any(self._computed[p] and self._stage[p] == stage for p in reads):
+        if alone and not any(self._again[p] or (self._computed[p] and self._stage[p] == stage) for p in reads):
             return [outputs[0]]  # PyTorch's own kernel does as well
         return [launch]
 

@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from cfg_parallel.codec import TensorSpec, decode, encode_plain
+from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.numerics import same_bits
+from cfg_parallel.replica import fingerprint
 from cfg_parallel.timing import Mark, mark
 
 CPU = torch.device("cpu")
@@ -48,6 +51,7 @@ class Graph:
     arguments: list[torch.Tensor]
     body: bytes  # of the output
     results: list[torch.Tensor]
+    keeps: list[torch.Tensor]  # what it reads besides: weights, and tables that a model has in a cache and may drop
     replays: int = 0
     seen: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # what `arguments` were last copied from
 
@@ -104,7 +108,7 @@ class Graphs:
         self.replayed = self.captured = 0
         self.eager.clear()
         if settings != self._settings:
-            self._forget_all(lambda key: True)
+            self.clear()
         self._settings = settings
 
     def end(self) -> None:
@@ -122,6 +126,10 @@ class Graphs:
         self._wasted.pop(denoiser, None)
         self._reasons.pop(denoiser, None)
 
+    def clear(self) -> None:
+        """Give the memory of all graphs back."""
+        self._forget_all(lambda key: True)
+
     def _forget_all(self, which: Callable[[Any], bool]) -> None:
         for known in (self._graphs, self._kinds):
             for key in [key for key in known if which(key)]:
@@ -131,7 +139,7 @@ class Graphs:
         """The denoiser's output. `body` and `tensors` are what encode_plain makes of (args, kwargs)."""
         cast = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        key = (denoiser, body, cast, modes, *(TensorSpec.of(tensor, self.device) for tensor in tensors))
+        key = (denoiser, body, cast, modes, *(_layout(tensor, self.device) for tensor in tensors))
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
@@ -143,6 +151,7 @@ class Graphs:
             self._kinds.popitem(last=False)
         why = self._why_not_now(denoiser, kind)
         start, clock = mark(self.device), time.perf_counter()
+        before = fingerprint(module) if why is None else None
         with _notice_waits(self.device if why is None else CPU) as waits:
             args, kwargs = decode(body, tensors)
             output = module(*args, **kwargs)
@@ -150,7 +159,7 @@ class Graphs:
         kind.marks = start, mark(self.device)
         kind.calls += 1
         if why is None:
-            why = self._try_capture(key, kind, denoiser, module, body, tensors, output, bool(waits))
+            why = self._try_capture(key, kind, denoiser, module, body, tensors, output, bool(waits), before)
         self.eager[why] += 1
         return output
 
@@ -185,11 +194,16 @@ class Graphs:
         tensors: Sequence[torch.Tensor],
         expected: Any,
         waits: bool,
+        before: Any,
     ) -> str:
         """Capture a graph for the next call of this kind; why this one was eager."""
         try:
             if waits:
                 raise UncapturableError("it waits for the GPU (.item(), a boolean mask) or copies from host memory")
+            if fingerprint(module) != before:
+                raise UncapturableError("it changes the denoiser's weights or settings (layerwise casting, a counter)")
+            if any(sub._forward_hooks or sub._forward_pre_hooks for sub in module.modules()):
+                raise UncapturableError("a forward hook would no longer be called")
             graph = self._make(module, body, tensors)
             expected_body, values = encode_plain(expected)
             results = encode_plain(graph.run(tensors))[1]
@@ -218,13 +232,47 @@ class Graphs:
         versions = [place._version for place in places]
         args, kwargs = decode(body, places)
 
+        reads = _Reads()
+
         def forward() -> Any:
-            return encode_plain(module(*args, **kwargs))
+            with reads:
+                return encode_plain(module(*args, **kwargs))
 
         (output, results), replay = self._capture(forward)
         if versions != [place._version for place in places]:
             raise UncapturableError("it overwrites one of its arguments")
-        return Graph(replay, places, output, results)
+        return Graph(replay, places, output, results, reads.tensors)
+
+
+class _Reads(TorchDispatchMode):
+    """What the ops inside read that none of them has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+        self._known: set[int] = set()  # memory that is kept, or was made inside
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in self._new_in((args, kwargs)):
+            self.tensors.append(tensor.detach())
+        result = func(*args, **(kwargs or {}))
+        list(self._new_in(result))
+        return result
+
+    def _new_in(self, obj: Any) -> Iterator[torch.Tensor]:
+        for tensor in tree_leaves(obj):
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+                memory = tensor.untyped_storage()._cdata
+                if memory not in self._known:
+                    self._known.add(memory)
+                    yield tensor
+
+
+def _layout(tensor: torch.Tensor, device: torch.device) -> tuple[Any, ...]:
+    """What of a tensor the kernels that a forward chooses may depend on. A timestep is an element of a table: where it
+    lies is another place in each step, and of no consequence."""
+    spec = TensorSpec.of(tensor, device)
+    return (spec,) if tensor.dim() < 2 else (spec, tensor.data_ptr() % 16, is_dense(tensor))
 
 
 class _CudaCapture:
@@ -259,7 +307,8 @@ class _CudaCapture:
         with contextlib.suppress(RuntimeError):  # it was told
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
         self._stream = self._pool = None  # graphs from before keep theirs
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self._device)
 
 
@@ -289,7 +338,7 @@ def _notice_waits(device: torch.device) -> Iterator[list[Any]]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     for warning in caught:
-        if "synchronizing CUDA operation" in str(warning.message):
+        if "called a synchronizing CUDA operation" in str(warning.message):
             waits.append(warning)
-        else:
+        elif "detect all synchronizing operations" not in str(warning.message):  # which setting the mode says
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

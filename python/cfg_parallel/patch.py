@@ -103,8 +103,19 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
     return view
 
 
-def _itself(obj: Any) -> Any:
-    return obj
+def _plain_scheduler(cls: type, state: dict[str, Any]) -> Any:
+    scheduler: Any = object.__new__(cls)
+    scheduler.__dict__.update(state)
+    return scheduler
+
+
+def original_scheduler(scheduler: Any) -> Any:
+    """The scheduler as the user gave it, which may be seen through a view, or made of a view's class by from_config."""
+    original = getattr(type(scheduler), "_cfg_parallel_scheduler", None)
+    if original is None or vars(scheduler) is vars(original):
+        return scheduler if original is None else original
+    scheduler.__class__ = type(original)
+    return scheduler
 
 
 def scheduler_view(scheduler: Any, any_device: bool = False) -> Any:
@@ -121,7 +132,7 @@ def scheduler_view(scheduler: Any, any_device: bool = False) -> Any:
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return _itself, (scheduler,)
+        return _plain_scheduler, (type(scheduler), dict(self.__dict__))
 
     namespace = {"set_timesteps": set_timesteps, "__reduce_ex__": __reduce_ex__, "_cfg_parallel_scheduler": scheduler}
     cls = _subclass(type(scheduler), namespace)

@@ -43,8 +43,9 @@ class HostKnown(torch.Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         subject: Any = args[0] if args else None
-        if name in _READS and isinstance(subject, HostKnown) and subject._is_current():
-            return func(subject._host.clone() if name in ("cpu", "numpy") else subject._host, *args[1:], **kwargs)
+        if name in _READS and all(_is_known(obj) for obj in _flat((args, kwargs))):
+            host = [arg.clone() if name in ("cpu", "numpy") else arg for arg in _map(args[:1], HostKnown._read)]
+            return func(*host, *_map(args[1:], HostKnown._read), **kwargs)
         if name == "__getitem__" and not isinstance(subject, HostKnown) and subject.device.type == "cpu":
             return func(subject, _map(args[1], HostKnown._read))
         result = func(*_map(args, plain), **_map(kwargs, plain))
