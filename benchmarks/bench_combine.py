@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         rows, problems = run(args)
     print(markdown_table(rows, COLUMNS), flush=True)
     if args.out:
-        merge_rows(args.out, rows)
+        merge_rows(args.out, rows, COLUMNS)
         say(f"wrote {args.out}")
     for problem in problems:
         print(f"bench_combine: {problem}", file=sys.stderr, flush=True)

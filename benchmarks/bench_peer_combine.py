@@ -81,6 +81,7 @@ WAIT_S = 30.0  # that a kernel waits for the other GPU at most
 MEET_S = 120.0  # that a process waits for the other one at most
 COLUMNS = ("rule", "backend", "mode", "bytes", "dtype", "us", "token_us", "gbps", "share", "wrong")
 STRESS_COLUMNS = ("bench", "rule", "backend", "exchanges", "wrong", "seconds")
+TABLE = ("bench", *COLUMNS, "exchanges", "seconds")  # of both, beside the JSON file
 
 STRESS_ELEMENTS = (64, 8192, 8203, 65_536, 262_144)  # an odd number of sizes: each goes through both slots
 STRESS_ROUNDS = 1000  # in a graph
@@ -542,7 +543,7 @@ def finish(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         row |= facts(torch.device("cuda", 0)) | {"devices": "cuda:0,cuda:1"}
     print(markdown_table(rows, STRESS_COLUMNS if args.stress else COLUMNS), flush=True)
     if args.out:
-        merge_rows(args.out, rows)
+        merge_rows(args.out, rows, TABLE)
         say(f"wrote {args.out}")
 
 

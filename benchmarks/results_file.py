@@ -13,8 +13,9 @@ KEY += ("rule", "backend", "bytes", "dtype", "numerics", "step")
 TABLE = ("model", "size", "steps", "mode", "transport", "devices", "ms", "total_s", "speedup", "speedup_total", "equal")
 
 
-def merge_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add `rows` to the file, in place of rows with the same key. The file is replaced in one step."""
+def merge_rows(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...] | None = None) -> None:
+    """Add `rows` to the file, in place of rows with the same key. The file is replaced in one step. With `columns`, a
+    Markdown table of all rows is written beside it."""
     old = json.loads(path.read_text()) if path.exists() else []
     new_keys = {_key(row) for row in rows}
     merged = [row for row in old if _key(row) not in new_keys] + rows
@@ -22,6 +23,8 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(merged, indent=1) + "\n")
     os.replace(scratch, path)
+    if columns is not None:
+        path.with_suffix(".md").write_text(markdown_table(merged, columns) + "\n")
 
 
 def markdown_table(rows: list[dict[str, Any]], columns: tuple[str, ...] = TABLE) -> str:
