@@ -67,9 +67,11 @@ class Call:
             if self.is_part:
                 args, kwargs = map_tensors(args, Rows.tensor, Rows), map_tensors(kwargs, Rows.tensor, Rows)
             if graphs is not None and graphs.on:
-                with contextlib.suppress(UnshippableError):  # what has no bytes has no graph
+                try:
                     body, tensors = encode_plain((args, kwargs))
                     return graphs.run(self.denoiser.name, self.denoiser.module, body, cast("Any", tensors))
+                except UnshippableError as error:  # what has no bytes has no graph, and the report says so
+                    graphs.eager[str(error)] += 1
             return self.denoiser.module(*args, **kwargs)
 
     def rows(self) -> int:

@@ -114,7 +114,7 @@ def source(program: Program, width: int, arriving: int | None = None) -> str:
     if arriving is not None:
         lines += ["if (!tile.arrived()) return false;", loads[arriving], "tile.has_read();"]
     for k, step in enumerate(program.code):
-        operands = ", ".join(map(name, (step.a, step.b, step.c)[: step.op.arity]))
+        operands = ", ".join(map(name, step.operands))
         value = operands if step.op is Op.ROUND else f"{step.op.name.lower()}({operands})"
         if step.op is Op.NORM:
             value = f"norm<{program.shape[-1] // VEC}>({operands})"
@@ -180,5 +180,5 @@ extern "C" __global__ void __launch_bounds__({bounds})
 
 def num_scalars(program: Program) -> int:
     """That a launch passes."""
-    used = [x for step in program.code for x in (step.a, step.b, step.c)[: step.op.arity] if x >= SCALAR]
+    used = [x for step in program.code for x in step.operands if x >= SCALAR]
     return max((x - SCALAR + 1 for x in used), default=0)

@@ -24,7 +24,6 @@ from cfg_parallel.numerics import same_bits
 from cfg_parallel.replica import fingerprint
 from cfg_parallel.timing import Mark, mark
 
-CPU = torch.device("cpu")
 GraphMode = Literal["auto", True, False]
 
 _MOST_GRAPHS = 16  # on a device, the least recently used ones go; they share their working memory
@@ -152,7 +151,8 @@ class Graphs:
         why = self._why_not_now(denoiser, kind)
         start, clock = mark(self.device), time.perf_counter()
         before = fingerprint(module) if why is None else None
-        with _notice_waits(self.device if why is None else CPU) as waits:
+        watching: Any = _notice_waits(self.device) if why is None else contextlib.nullcontext([])
+        with watching as waits:
             args, kwargs = decode(body, tensors)
             output = module(*args, **kwargs)
         kind.host_ms = (time.perf_counter() - clock) * 1e3

@@ -30,10 +30,7 @@ def executor(device: torch.device) -> tuple[Execute | None, str]:
     """What runs programs on `device`, and its name; None and why there is nothing."""
     if device.type != "cuda":
         return None, f"there are no fused kernels for {device.type}"
-    missing = extension.missing_reason()
-    if missing is not None:
-        return None, missing
-    missing = nvrtc.missing_reason()
+    missing = extension.missing_reason() or nvrtc.missing_reason()
     if missing is not None:
         return None, missing
     return launch, "cuda"
@@ -63,8 +60,7 @@ def launch(
         native = _native(program)
         statistics: Any = None
         if program.correction is not None:
-            scratch = _scratch(program, device, stream)  # held until the kernel is enqueued
-            statistics = _statistics(program, scratch)
+            _held, *statistics = _statistics(program, device, stream)  # until the kernel is enqueued
         missing = native.launch(*addresses, scalars, device.index, stream, peer, statistics)
         if missing is not None:
             _, width, arriving = missing
@@ -77,14 +73,9 @@ def launch(
         arrival.launched()
 
 
-def _statistics(program: Program, scratch: torch.Tensor) -> tuple[int, int, int, int]:
-    """What a kernel that adds up samples is told: memory for what its blocks find, elements of a sample, blocks."""
-    _, per_sample, blocks = _grid(program, scratch.device)
-    return scratch.data_ptr() + 4 * _MOST_SAMPLES, scratch.data_ptr(), per_sample, blocks
-
-
-def _grid(program: Program, device: torch.device) -> tuple[int, int, int]:
-    """Samples, the elements of each, and the blocks that share one."""
+def _statistics(program: Program, device: torch.device, stream: int) -> tuple[torch.Tensor, int, int, int, int]:
+    """Memory for what the blocks of a kernel that adds up samples find, and what the kernel is told: where the sums and
+    the tickets of samples lie in it, the elements of a sample, and the blocks that share one."""
     samples = math.prod(
         size for size, stride in zip(program.shape, program.outputs[0].strides, strict=True) if stride != 0
     )
@@ -92,16 +83,16 @@ def _grid(program: Program, device: torch.device) -> tuple[int, int, int]:
         raise LaunchError(f"there are more than {_MOST_SAMPLES} samples")
     per_sample = math.prod(program.shape) // samples
     on_gpu = torch.cuda.get_device_properties(device).multi_processor_count * codegen.STATISTICS_BLOCKS_PER_SM
-    return samples, per_sample, max(1, min(per_sample // (256 * codegen.VEC), on_gpu // samples))
+    blocks = max(1, min(per_sample // (256 * codegen.VEC), on_gpu // samples))
+    scratch = _scratch(4 * _MOST_SAMPLES + 24 * samples * blocks * len(program.outputs), device, stream)
+    return scratch, scratch.data_ptr() + 4 * _MOST_SAMPLES, scratch.data_ptr(), per_sample, blocks
 
 
 _scratches: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
-def _scratch(program: Program, device: torch.device, stream: int) -> torch.Tensor:
-    """Memory for one such kernel at a time on `stream`: the tickets of samples, zero before and after, and its sums."""
-    samples, _, blocks = _grid(program, device)
-    nbytes = 4 * _MOST_SAMPLES + 24 * samples * blocks * len(program.outputs)
+def _scratch(nbytes: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Memory for one such kernel at a time on `stream`. The tickets, at its beginning, are zero before and after."""
     known = _scratches.get((device, stream))
     if known is None or known.numel() < nbytes:
         known = torch.zeros(2 * nbytes, dtype=torch.uint8, device=device)

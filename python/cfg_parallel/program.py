@@ -64,6 +64,10 @@ class Instruction:
     c: int = 0
     round: torch.dtype = torch.float32
 
+    @property
+    def operands(self) -> tuple[int, ...]:
+        return (self.a, self.b, self.c)[: self.op.arity]
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
@@ -131,7 +135,7 @@ def interpret(
         return values[operand]
 
     for step in program.code:
-        result = _SEMANTICS[step.op](*map(operand_value, (step.a, step.b, step.c)[: step.op.arity]))
+        result = _SEMANTICS[step.op](*map(operand_value, step.operands))
         values.append(result.to(step.round).float().expand(program.shape))
     for out, stored, operand in zip(outputs, program.stores, program.outputs, strict=True):
         value = values[stored]
