@@ -50,6 +50,8 @@ READS: dict[str, Callable[[Any], Any]] = {
     "expand": lambda t: t[1].expand(3).tolist(),
     "unsqueeze": lambda t: t[1][None].tolist(),
     "ddim": lambda t: TABLE[t[1] - 10 if t[1] - 10 >= 0 else 0].item(),
+    "position": lambda t: int((t == 20).nonzero()),
+    "ddpm": lambda t: t[(t == 20).nonzero(as_tuple=True)[0][0] + 1].item(),
     "to host": lambda t: t.cpu().tolist(),
 }
 
@@ -68,7 +70,6 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "matmul": lambda t: t.float() @ torch.ones(3),
     "stack": lambda t: torch.stack([t[0], t[1]]),
     "where": lambda t: torch.where(t > 20, 1.0, 0.0),
-    "nonzero": lambda t: (t == 999).nonzero(),
     "sin": lambda t: torch.sin(t.double()),
     "repeat": lambda t: t.repeat(2),
 }

@@ -48,6 +48,11 @@ class HostKnown(torch.Tensor):
             return func(*host, *_map(args[1:], HostKnown._read), **kwargs)
         if name == "__getitem__" and not isinstance(subject, HostKnown) and subject.device.type == "cpu":
             return func(subject, _map(args[1], HostKnown._read))
+        if name == "__getitem__" and isinstance(args[1], HostKnown) and _is_known(args[1]) and _is_index(args[1]):
+            return subject[int(args[1])]
+        if name == "nonzero" and _is_known(subject):  # how many there are is read (DDPM)
+            hosts = func(subject._host, *args[1:], **kwargs)
+            return know_all(hosts, subject.device)
         result = func(*_map(args, plain), **_map(kwargs, plain))
         if name in _TWINS and all(_is_known(obj) for obj in _flat((args, kwargs))):
             hosts = func(*_map(args, HostKnown._read), **_map(kwargs, HostKnown._read))
@@ -68,6 +73,13 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._real if isinstance(tensor, HostKnown) else tensor
 
 
+def know_all(hosts: Any, device: torch.device) -> Any:
+    """Tensors in host memory, or a tuple of them, as known ones on `device`. Waits for nothing."""
+    if isinstance(hosts, tuple):
+        return tuple(know_all(host, device) for host in hosts)
+    return HostKnown(hosts.to(device, non_blocking=True, copy=True), hosts)
+
+
 def know(timesteps: torch.Tensor) -> torch.Tensor:
     """`timesteps`, known on the host. Waits for the GPU, now and not at every step."""
     if isinstance(timesteps, HostKnown) and timesteps._is_current():
@@ -81,6 +93,10 @@ def _version(tensor: torch.Tensor) -> int:
 
 def _is_known(obj: Any) -> bool:
     return not isinstance(obj, torch.Tensor) or (isinstance(obj, HostKnown) and obj._is_current())
+
+
+def _is_index(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 0 and not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
 
 
 def _flat(obj: Any) -> list[Any]:
