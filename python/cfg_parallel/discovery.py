@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.compiling import unwrap
 from cfg_parallel.errors import ConfigurationError
 
 
@@ -20,7 +21,7 @@ def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
     for name, module in components.items():
         if not isinstance(module, torch.nn.Module) or any(word in name for word in ("controlnet", "vae", "vocoder")):
             continue
-        parameters = inspect.signature(module.forward).parameters
+        parameters = inspect.signature(unwrap(module).forward).parameters
         if any(parameter.startswith("timestep") for parameter in parameters):
             denoisers[name] = module
     if not denoisers:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from cfg_parallel import spmd
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
+from cfg_parallel.compiling import CompileClock, CompileMode, compile_as, is_compiled, unwrap
 from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import Generation, Leader
 from cfg_parallel.patch import CfgParallel, denoiser_view, original_scheduler, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
+from cfg_parallel.preparation import Preparation, Prepare
 from cfg_parallel.remote import PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
 from cfg_parallel.report import Report, median
@@ -45,6 +49,9 @@ def enable_cfg_parallel(
     transport: str = "auto",
     numerics: str = "exact",
     cuda_graphs: GraphMode = "auto",
+    compile: CompileMode = False,
+    compile_options: Mapping[str, Any] | None = None,
+    prepare: Prepare | None = None,
     follower_timeout: float = 600.0,
 ) -> CfgParallel:
     """Run the guidance passes of `pipe` on `cfg_parallel_size` devices. `pipe(...)` then gives the same result, sooner.
@@ -67,6 +74,13 @@ def enable_cfg_parallel(
             on every device, after two eager calls, and replays it from then on; "auto" does so where it pays: where
             launching takes the host longer than the GPU needs, or after many calls of one kind. A forward that cannot
             be captured stays eager. False: never.
+        compile: torch.compile on every device, another image than eager PyTorch's: "regional" (the denoiser's repeated
+            blocks, half a minute), "full" (all of it, a minute or two), or True: what suits the model. CUDA graphs are
+            made of compiled forwards too. Compiles in the first calls; a UNet's weights become channels_last.
+        compile_options: arguments of torch.compile, such as mode="max-autotune-no-cudagraphs".
+        prepare: a function of the denoiser, called with it before it is used and with its copy on every device: sets an
+            attention backend, quantizes, patches a library. As it gets copies of what it has prepared, it must leave
+            alone what is done already.
         follower_timeout: seconds without an answer after which a follower is given up.
 
     Returns a handle: `handle.report` tells what happened in the last generation; as a context manager it disables on
@@ -78,6 +92,8 @@ def enable_cfg_parallel(
         raise ConfigurationError("This pipeline is enabled already; call disable_cfg_parallel(pipe) first.")
     if numerics not in ("exact", "fused"):
         raise ConfigurationError(f"Expected numerics to be 'exact' or 'fused', but got {numerics!r}.")
+    preparation = Preparation(prepare, compile, compile_options)
+    preparation.check()
     if cuda_graphs not in ("auto", True, False):
         raise ConfigurationError(f"Expected cuda_graphs to be 'auto', True or False, but got {cuda_graphs!r}.")
     modules = find_denoisers(pipe)
@@ -96,12 +112,14 @@ def enable_cfg_parallel(
         if rank is not None:
             connected = spmd.connect(chosen, rank, follower_timeout)
             if isinstance(connected, spmd.ServingRank):
-                return Serving(pipe, connected, modules)
+                return Serving(pipe, connected, modules, preparation)
             remotes = connected
         else:
             for device in chosen[1:]:
                 remotes.append(RemoteFollower.start(leader_device, device, follower_timeout))
-        handle = Leading(pipe, modules, chosen, remotes, transport, reason, numerics, cuda_graphs, follower_timeout)
+        handle = Leading(
+            pipe, modules, chosen, remotes, transport, reason, numerics, cuda_graphs, preparation, follower_timeout
+        )
     except BaseException:
         for remote in remotes:
             remote.close()
@@ -137,6 +155,7 @@ class Leading(CfgParallel):
         transport_reason: str,
         numerics: str,
         cuda_graphs: GraphMode,
+        preparation: Preparation,
         follower_timeout: float,
     ) -> None:
         self.devices = devices
@@ -152,8 +171,13 @@ class Leading(CfgParallel):
         self._guidance: dict[str, Any] = {}
         self._watches: dict[str, Watch] = {}
         self._warned_of_graphs = False
+        self._preparation = preparation
+        self._undo: dict[str, Callable[[], None]] = {}
+        self._clock: CompileClock | None = None
         self._spmd = spmd.rank() is not None
         try:
+            for denoiser in self._denoisers.values():
+                self._prepare(denoiser)
             self._connect(remotes)
             for denoiser in self._denoisers.values():
                 self._ship(denoiser, remotes)
@@ -162,6 +186,7 @@ class Leading(CfgParallel):
                     remote.send_output(None)  # the other ranks are prepared
         except BaseException:
             self._close.detach()  # the caller has the followers
+            self._unprepare()
             raise
         super().__init__(pipe)
         self._signature = inspect.signature(self._class.__call__)
@@ -177,7 +202,7 @@ class Leading(CfgParallel):
         denoisers = [denoiser.module for denoiser in self._denoisers.values()]
         others = [m for m in pipe.__dict__.values() if isinstance(m, torch.nn.Module) and m not in denoisers]
         # The compiler does not take such timesteps, and a compiled ControlNet is given them.
-        known = not any(map(_is_compiled, others))
+        known = not any(map(is_compiled, others))
         pipe.__dict__["scheduler"] = scheduler_view(scheduler) if known else scheduler
 
     def _connect(self, remotes: list[RemoteFollower]) -> None:
@@ -200,12 +225,31 @@ class Leading(CfgParallel):
             for remote in remotes:
                 remote.use_nccl()
 
+    def _prepare(self, denoiser: Denoiser) -> None:
+        self._undo.pop(denoiser.name, lambda: None)()
+        self._undo[denoiser.name] = self._preparation.apply(denoiser.name, denoiser.module)
+
+    def _unprepare(self) -> None:
+        for undo in self._undo.values():
+            undo()
+        self._undo.clear()
+
     def _ship(self, denoiser: Denoiser, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
-            remote.ship_denoiser(denoiser.name, denoiser.module)
+            remote.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
         self._watches[denoiser.name] = Watch(denoiser.module)
         self._leader.forget(denoiser.name)
+        if self._clock is None and is_compiled(denoiser.module):
+            self._clock = CompileClock(self._say_compiling)
+
+    def _say(self, line: str) -> None:
+        """A line of progress, for people who let the pipeline show its own."""
+        if not getattr(self._pipe(), "_progress_bar_config", {}).get("disable"):
+            tqdm.write(f"cfg-parallel: {line}", file=sys.stderr)
+
+    def _say_compiling(self) -> None:
+        self._say(f"compiling on {' and '.join(map(str, self.devices))}, once for each kind of call ...")
 
     def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._leader.generation is not None:  # a pipeline that calls itself, or a callback that does
@@ -217,6 +261,8 @@ class Leading(CfgParallel):
         try:
             self._refresh()
             self._report, self._generation, self._guidance = None, None, {}
+            if self._clock is not None:
+                self._clock.begin()
             self._leader.begin()
             output = call(*args, **kwargs)
             if any(isinstance(tensor, PendingPrediction) for tensor in tensors_in(output)):
@@ -234,6 +280,8 @@ class Leading(CfgParallel):
                 self._hand_out(None if incomplete else output, failure or incomplete)
         if incomplete:
             raise FollowerLostError(incomplete)
+        if self._clock is not None and self._clock.seconds:
+            self._say(f"compiled in {self._clock.seconds:.1f} s.")
         self._warn_if_useless()
         return output
 
@@ -266,7 +314,7 @@ class Leading(CfgParallel):
                 try:
                     self._connect([fresh])
                     for denoiser in self._denoisers.values():
-                        fresh.ship_denoiser(denoiser.name, denoiser.module)
+                        fresh.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
                 except BaseException:  # the lost one stays in its place, so that the next generation tries again
                     fresh.lost = fresh.lost or "it did not come up"
                     fresh.close()
@@ -283,7 +331,10 @@ class Leading(CfgParallel):
                     "disable_cfg_parallel(pipe) and enable_cfg_parallel(pipe) again, or move it back."
                 )
             if getattr(type(current), "_cfg_parallel_denoiser", None) is not denoiser:
-                denoiser.module = current
+                seen = getattr(type(unwrap(current)), "_cfg_parallel_denoiser", None)
+                # torch.compile(pipe.transformer) has compiled the view, so that a forward would come back to it.
+                denoiser.module = current if seen is None else compile_as(current, seen.module)
+                self._prepare(denoiser)
                 pipe.__dict__[name] = denoiser_view(denoiser, self._leader)  # type: ignore[union-attr]
                 self._ship(denoiser, self._leader.remotes)
             elif fingerprint(denoiser.module) != self._shipped[name]:
@@ -348,6 +399,8 @@ class Leading(CfgParallel):
             graph_forwards=sum(each["replayed"] for each in graphs),
             graphs_captured=sum(each["captured"] for each in graphs),
             eager_forwards=dict(sum((Counter(each["eager"]) for each in graphs), Counter())),
+            compile_seconds=self._clock.seconds if self._clock is not None else 0.0,
+            follower_compile_seconds=max((each["compile_seconds"] for each in statistics), default=0.0),
             notes=dict(generation.notes),
             lost=[remote.lost for remote in remotes if remote.lost is not None],
         )
@@ -378,6 +431,9 @@ class Leading(CfgParallel):
                         pipe.__dict__[name] = denoiser.module
                 if "scheduler" in pipe.__dict__:
                     pipe.__dict__["scheduler"] = original_scheduler(pipe.__dict__["scheduler"])
+            self._unprepare()
+            if self._clock is not None:
+                self._clock.close()
             self._leader.graphs.clear()  # the handle may outlive them
             if self._generation is not None and self._report is None:
                 with contextlib.suppress(FollowerLostError):  # then there is nothing to report on
@@ -388,9 +444,16 @@ class Leading(CfgParallel):
 class Serving(CfgParallel):
     """On a rank that serves the leader under torchrun: `pipe(...)` answers its calls and returns rank 0's output."""
 
-    def __init__(self, pipe: Any, serving: spmd.ServingRank, modules: dict[str, torch.nn.Module]) -> None:
+    def __init__(
+        self, pipe: Any, serving: spmd.ServingRank, modules: dict[str, torch.nn.Module], preparation: Preparation
+    ) -> None:
         self._serving = serving
-        serving.prepare(modules)
+        self._undo = [preparation.apply(name, module) for name, module in modules.items()]
+        try:
+            serving.prepare(modules)
+        except BaseException:
+            self._unprepare()
+            raise
         self._close = weakref.finalize(pipe, serving.close)
         super().__init__(pipe)
 
@@ -404,6 +467,11 @@ class Serving(CfgParallel):
     def disable(self) -> None:
         super().disable()
         self._close()
+        self._unprepare()
+
+    def _unprepare(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
 
 def _close_all(remotes: list[RemoteFollower], pid: int) -> None:
@@ -411,12 +479,6 @@ def _close_all(remotes: list[RemoteFollower], pid: int) -> None:
         return
     for remote in remotes:
         remote.close()
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or any(
-        getattr(sub, "_compiled_call_impl", None) is not None for sub in module.modules()
-    )
 
 
 def _check_same(hello: dict[str, Any], leader: torch.device) -> None:

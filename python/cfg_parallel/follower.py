@@ -18,6 +18,7 @@ import torch
 
 from cfg_parallel import numerics
 from cfg_parallel.codec import decode, encode_plain
+from cfg_parallel.compiling import CompileClock, is_compiled
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.graphs import Graphs
 from cfg_parallel.link import Link
@@ -39,6 +40,7 @@ class Follower:
         self._residents: dict[Any, list[torch.Tensor]] = {}
         self._timings: list[tuple[Mark, Mark]] = []
         self._graphs = Graphs(link.device, False)
+        self._clock: CompileClock | None = None
 
     def serve(self) -> Any:
         """Answer messages until the leader says `close` (gives None) or `output` (gives the leader's output)."""
@@ -75,6 +77,8 @@ class Follower:
         if header["numerics"] is not None:
             numerics.apply(header["numerics"])
         self._timings.clear()
+        if self._clock is not None:
+            self._clock.begin()
         self._graphs.mode = header["graphs"]
         self._graphs.begin(numerics.capture())
 
@@ -94,6 +98,8 @@ class Follower:
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         module = receive_replica(self._link, header, self._own.get(name), timeout=None)
         self._denoisers[name] = module
+        if self._clock is None and is_compiled(module):
+            self._clock = CompileClock()
 
     def _on_forget(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         self._residents.clear()
@@ -147,6 +153,7 @@ class Follower:
                 "wait_ms": sum(gaps),
                 "peak_bytes": peak,
                 "graphs": self._graphs.counts(),
+                "compile_seconds": self._clock.seconds if self._clock is not None else 0.0,
             }
         )
 

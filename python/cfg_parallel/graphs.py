@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
+from cfg_parallel.compiling import has_graphs, is_compiled, seen_by
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.replica import fingerprint
 from cfg_parallel.timing import Mark, mark
@@ -204,6 +205,8 @@ class Graphs:
                 raise UncapturableError("it changes the denoiser's weights or settings (layerwise casting, a counter)")
             if any(sub._forward_hooks or sub._forward_pre_hooks for sub in module.modules()):
                 raise UncapturableError("a forward hook would no longer be called")
+            if has_graphs(module):
+                raise UncapturableError("it is compiled with CUDA graphs of its own (mode='reduce-overhead')")
             graph = self._make(module, body, tensors)
             expected_body, values = encode_plain(expected)
             results = encode_plain(graph.run(tensors))[1]
@@ -235,9 +238,11 @@ class Graphs:
         reads = _Reads()
 
         def forward() -> Any:
-            with reads:
+            with reads, seen_by(module, reads.note):
                 return encode_plain(module(*args, **kwargs))
 
+        if is_compiled(module):
+            module(*args, **kwargs)  # whatever these tensors need to be compiled anew for
         (output, results), replay = self._capture(forward)
         if versions != [place._version for place in places]:
             raise UncapturableError("it overwrites one of its arguments")
@@ -252,9 +257,13 @@ class _Reads(TorchDispatchMode):
         self.tensors: list[torch.Tensor] = []
         self._known: set[int] = set()  # memory that is kept, or was made inside
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in self._new_in((args, kwargs)):
+    def note(self, arguments: Any) -> None:
+        """Of an op, or of compiled code, whose own reads are not seen here."""
+        for tensor in self._new_in(arguments):
             self.tensors.append(tensor.detach())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note((args, kwargs))
         result = func(*args, **(kwargs or {}))
         list(self._new_in(result))
         return result

@@ -84,7 +84,7 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
         "__reduce_ex__": __reduce_ex__,
         "_cfg_parallel_denoiser": denoiser,
     }
-    if hasattr(type(module), "cache_context"):
+    if hasattr(module, "cache_context"):
 
         @contextlib.contextmanager
         def cache_context(self: Any, name: str, **kwargs: Any) -> Any:

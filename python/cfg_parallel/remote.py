@@ -24,6 +24,7 @@ from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.link import Link
 from cfg_parallel.pending import settle
+from cfg_parallel.preparation import Prepare
 from cfg_parallel.replica import send_replica
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.nccl import NcclTransport
@@ -167,13 +168,13 @@ class RemoteFollower:
         self.link.use(transport)
         self._end_waits_when_dead()
 
-    def ship_denoiser(self, name: str, module: torch.nn.Module) -> None:
+    def ship_denoiser(self, name: str, module: torch.nn.Module, prepare: Prepare | None = None) -> None:
         """Give the follower a replica; returns when it is there. Its bytes and seconds add up in `replica`."""
         self.drain()
         start, before = time.perf_counter(), self.link.bytes_sent
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         with self._watch():
-            send_replica(self.link, name, module, self._timeout)
+            send_replica(self.link, name, module, self._timeout, prepare)
         nbytes, seconds = self.replica
         self.replica = (nbytes + self.link.bytes_sent - before, seconds + time.perf_counter() - start)
 

@@ -10,18 +10,23 @@ from typing import Any
 import torch
 
 from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart
+from cfg_parallel.compiling import find_compiled, unwrap
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
+from cfg_parallel.preparation import Prepare, apply_to_replica, encode
 
 _CHUNK = 256 << 20  # bytes of weights in one message
 
 
-def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float) -> None:
-    """Give the follower at the other end of `link` a copy of `module`, named `name`."""
+def send_replica(
+    link: Link, name: str, module: torch.nn.Module, timeout: float, prepare: Prepare | None = None
+) -> None:
+    """Give the follower at the other end of `link` a copy of `module`, named `name`, compiled as that is."""
     _refuse_unsupported(name, module)
-    body, tensors = encode_structure(module)
+    body, tensors = encode_structure(unwrap(module))
     specs = [TensorSpec.of(tensor, link.device) for tensor in tensors]
-    link.send({"kind": "denoiser", "name": name, "body": body, "weights": specs})
+    preparation = encode(prepare, find_compiled(module))
+    link.send({"kind": "denoiser", "name": name, "body": body, "weights": specs, "preparation": preparation})
     _expect(link.read(timeout), "allocated")  # weights that nobody receives would hold up this process for ever
     for chunk in _chunks(specs):
         link.send({"kind": "weights"}, [tensors[i] for i in chunk])
@@ -33,11 +38,6 @@ def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float)
 def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
     """What a replica would get wrong without anybody noticing."""
     for sub in module.modules():
-        if getattr(sub, "_compiled_call_impl", None) is not None:
-            raise ConfigurationError(
-                f"The denoiser {name!r} is compiled (torch.compile), which cfg-parallel does not support yet: its "
-                "replica would round otherwise; load it without compiling."
-            )
         for hook_name, hook in _hooks(sub).items():
             if hook_name.startswith("group_offloading"):
                 raise ConfigurationError(
@@ -72,7 +72,7 @@ def receive_replica(
     if into is None:
         tensors: list[torch.Tensor] = [spec.empty(link.device) for spec in specs]
     else:
-        tensors = encode_structure(into)[1]
+        tensors = encode_structure(unwrap(into))[1]
         own = [TensorSpec.of(tensor, link.device) for tensor in tensors]
         if own != list(specs):
             raise ValueError(
@@ -86,6 +86,7 @@ def receive_replica(
             link.pull_into(weights, [tensors[i] for i in chunk])
         link.send({"kind": "stored"})
     module = decode(header["body"], tensors) if into is None else into
+    apply_to_replica(header["preparation"], module)
     _wait_for(link.device)
     link.send({"kind": "ready"})
     return module

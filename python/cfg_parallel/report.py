@@ -19,7 +19,8 @@ class Report:
     (rule and backend -> steps), or op by op as PyTorch does it (reason -> steps).
 
     `graph_forwards` counts the forwards, on all devices, that were replays of a CUDA graph, and `eager_forwards` the
-    others (reason -> forwards); both are 0 and empty with cuda_graphs=False."""
+    others (reason -> forwards); both are 0 and empty with cuda_graphs=False. `compile_seconds` and, of the slowest
+    follower, `follower_compile_seconds` were spent in torch.compile, on all devices at the same time."""
 
     devices: list[str]
     transport: str
@@ -49,6 +50,8 @@ class Report:
     graph_forwards: int = 0
     graphs_captured: int = 0
     eager_forwards: dict[str, int] = field(default_factory=dict)
+    compile_seconds: float = 0.0
+    follower_compile_seconds: float = 0.0
     notes: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
@@ -118,6 +121,9 @@ class Report:
         if self.graph_forwards or self.graphs_captured:
             rows.append(("graphs", f"{self.graph_forwards} forwards, {self.graphs_captured} graphs captured"))
         rows += [("eager", f"{count} forwards: {reason}") for reason, count in self.eager_forwards.items()]
+        if self.compile_seconds or self.follower_compile_seconds:
+            here, there = self.compile_seconds, self.follower_compile_seconds
+            rows.append(("compiled", f"in {here:.1f} s here, {there:.1f} s on followers"))
         rows += [("note", f"{reason} ({count}x)") for reason, count in self.notes.items()]
         rows.append(("result", self.why))
         return "\n".join(f"{name:>10}  {text}" for name, text in rows)

@@ -1,0 +1,266 @@
+"""`compile=`, denoisers that the user has compiled, and `prepare=`: the same on every replica, and gone afterwards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import cfg_parallel
+from cfg_parallel import ConfigurationError, compiling
+from cfg_parallel.compiling import Compiled, find_compiled, is_compiled
+from cfg_parallel.graphs import Graphs
+from reference import reference
+from test_graphs import rerun, run
+from tiny import TINY, generate
+
+pytestmark = pytest.mark.timeout(240)
+
+# The backend that changes nothing: what is tested is where it is applied. Its marks show in the code that ran.
+EAGER = {"backend": "eager"}
+CPUS = {"devices": ["cpu", "cpu"]}
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def paths(module: torch.nn.Module) -> list[str]:
+    return [one.path for one in find_compiled(module)]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "expected"),
+    [
+        ("qwen_image", True, ["transformer_blocks.0", "transformer_blocks.1"]),
+        ("qwen_image", "regional", ["transformer_blocks.0", "transformer_blocks.1"]),
+        ("qwen_image", "full", [""]),
+        ("sd15", True, [""]),
+        ("sd3", True, [""]),
+    ],
+)
+def test_what_is_compiled(name: str, mode: Any, expected: list[str]) -> None:
+    tiny = TINY[name]
+    denoiser: Any = getattr(tiny.build(), tiny.denoiser)
+    before = {key: (weight.stride(), weight.clone()) for key, weight in denoiser.named_parameters()}
+    undo = compiling.compile_denoiser("denoiser", denoiser, mode, EAGER)
+    assert paths(denoiser) == expected
+    kernels = [w for w in denoiser.parameters() if w.dim() == 4 and w.shape[2] > 1 and w.shape[1] > 1]
+    assert (name == "sd15") == any(not w.is_contiguous() for w in kernels)
+    assert name != "sd15" or all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
+    undo()
+    assert not is_compiled(denoiser)
+    for key, weight in denoiser.named_parameters():
+        assert weight.stride() == before[key][0] and torch.equal(weight, before[key][1])
+
+
+def test_regional_needs_repeated_blocks() -> None:
+    with pytest.raises(ConfigurationError, match=r"SD3Transformer2DModel declares no repeated blocks.*compile='full'"):
+        cfg_parallel.enable_cfg_parallel(TINY["sd3"].build(), cfg_parallel_size=1, compile="regional")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compile": "all"}, "Expected compile to be True, False, 'regional' or 'full', but got 'all'"),
+        ({"compile_options": EAGER}, "nothing is compiled; pass compile=True"),
+        ({"compile": True, "compile_options": {"mode": "reduce-overhead"}}, "CUDA graphs of its own.*no-cudagraphs"),
+        ({"compile": True, "compile_options": {"options": {"triton.cudagraphs": True}}}, "CUDA graphs of its own"),
+        ({"compile": True, "compile_options": {"mode": "default", "options": {}}}, "mode or options, not both"),
+        ({"prepare": "flash"}, "Expected prepare to be a function of the denoiser, but got 'flash'"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        cfg_parallel.enable_cfg_parallel(TINY["qwen_image"].build(), **CPUS, **arguments)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sd15"])
+def test_compiled_on_both_sides(name: str) -> None:
+    tiny = TINY[name]
+    pipe = tiny.build()
+    denoiser = getattr(pipe, tiny.denoiser)
+    with cfg_parallel.enable_cfg_parallel(pipe, **CPUS, compile=True, compile_options=EAGER) as handle:
+        assert is_compiled(denoiser)
+        first = generate(pipe, tiny.inputs())
+        report = handle.report
+        assert report.compile_seconds > 0 and report.follower_compile_seconds > 0
+        assert report.parallel_steps >= 2
+        assert "compiled  in" in str(report)
+        again = generate(pipe, tiny.inputs())
+        assert handle.report.compile_seconds < report.compile_seconds
+    assert not is_compiled(denoiser)
+    plain = reference(tiny, tiny.build(), tiny.inputs())
+    assert torch.allclose(first, plain, rtol=1e-3, atol=1e-3)  # channels_last convolutions sum in another order
+    assert torch.equal(first, again)
+    if name == "qwen_image":
+        assert torch.equal(first, plain)
+
+
+USERS: dict[str, Callable[[Any], Any]] = {
+    "Module.compile": lambda pipe: pipe.transformer.compile(**EAGER),
+    "compile_repeated_blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(**EAGER),
+    "torch.compile": lambda pipe: setattr(pipe, "transformer", torch.compile(pipe.transformer, **EAGER)),
+}
+
+
+@pytest.mark.parametrize(("when", "how"), [*(("before", how) for how in USERS), ("live", "torch.compile")])
+def test_a_denoiser_that_the_user_compiles(when: str, how: str) -> None:
+    tiny = TINY["qwen_image"]
+    plain, pipe = tiny.build(), tiny.build()
+    expected = generate(plain, tiny.inputs())
+    if when == "before":
+        USERS[how](pipe)
+    with cfg_parallel.enable_cfg_parallel(pipe, **CPUS) as handle:
+        if when == "live":
+            assert torch.equal(generate(pipe, tiny.inputs()), expected)
+            assert handle.report.follower_compile_seconds == 0
+            USERS[how](pipe)
+        assert torch.equal(generate(pipe, tiny.inputs()), expected)
+        assert handle.report.follower_compile_seconds > 0
+        assert handle.report.parallel_steps >= 2
+    assert is_compiled(pipe.transformer)  # it is the user's
+
+
+def test_a_user_who_compiles_does_not_ask_for_it_again() -> None:
+    pipe = TINY["qwen_image"].build()
+    pipe.transformer.compile(**EAGER)
+    with pytest.raises(ConfigurationError, match="'transformer' is compiled already; leave compile= out"):
+        cfg_parallel.enable_cfg_parallel(pipe, **CPUS, compile=True)
+
+
+def test_the_options_travel() -> None:
+    linear = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    linear[0].compile(mode="max-autotune-no-cudagraphs", dynamic=False)
+    linear[1].compile(backend="aot_eager")
+    found = find_compiled(linear)
+    assert [one.path for one in found] == ["0", "1"]
+    assert found[0].arguments["dynamic"] is False and found[0].arguments["options"]["max_autotune"] is True
+    other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    compiling.apply(other, found)
+    assert find_compiled(other) == found
+    wrapped = torch.compile(torch.nn.Linear(2, 2), mode="reduce-overhead")
+    assert find_compiled(wrapped)[0] == Compiled("", {"dynamic": None, "options": {"triton.cudagraphs": True}})
+    assert compiling.has_graphs(wrapped) and not compiling.has_graphs(linear)
+
+
+def test_graphs_of_compiled_forwards() -> None:
+    """What compiled code reads is kept, though no op shows it; code that has graphs of its own is left alone."""
+
+    class Block(torch.nn.Module):
+        def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return x * 2 + table
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            self.table = [torch.arange(4.0)]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.block(x, self.table[0])
+            return out
+
+    model = Model().eval()
+    model.block.compile(**EAGER)
+    graphs = Graphs(torch.device("cpu"), True, rerun)
+    graphs.begin(None)
+    with torch.no_grad():
+        for _ in range(4):
+            out = run(graphs, model, torch.ones(4))
+    assert graphs.replayed and torch.equal(out, 2 + torch.arange(4.0))
+    (graph,) = graphs._graphs.values()
+    assert any(kept is model.table[0] or kept.data_ptr() == model.table[0].data_ptr() for kept in graph.keeps)
+    assert paths(model) == ["block"]  # as it was
+
+
+# prepare=
+
+
+def backend_of(module: torch.nn.Module) -> Any:
+    return next(sub.processor._attention_backend for sub in module.modules() if hasattr(sub, "processor"))  # type: ignore[union-attr]
+
+
+def scale_once(module: Any, factor: float) -> None:
+    """Prepares a denoiser so that it shows, and leaves alone what is done."""
+    if not hasattr(module, "scaled_by"):
+        with torch.no_grad():
+            module.proj_out.weight.mul_(factor)
+        module.scaled_by = factor
+
+
+def patch_the_library(module: Any) -> None:
+    """What is no part of the denoiser has to be done in every process."""
+    torch.nn.functional.gelu = lambda x, approximate="none": torch.relu(x)  # type: ignore[assignment]
+
+
+def test_prepare_runs_everywhere_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TINY["qwen_image"]
+    plain, pipe = tiny.build(), tiny.build()
+    unprepared = generate(plain, tiny.inputs())
+    scale_once(plain.transformer, 0.5)
+    expected = generate(plain, tiny.inputs())
+    assert not torch.equal(unprepared, expected)
+    with cfg_parallel.enable_cfg_parallel(pipe, **CPUS, prepare=functools.partial(scale_once, factor=0.5)):
+        for _ in range(2):
+            assert torch.equal(generate(pipe, tiny.inputs()), expected)
+        with torch.no_grad():  # shipped again, as it is by now
+            for each in (plain, pipe):
+                each.transformer.proj_out.weight.add_(0.01)
+        assert torch.equal(generate(pipe, tiny.inputs()), generate(plain, tiny.inputs()))
+        replaced = tiny.build().transformer
+        pipe.transformer = replaced
+        assert torch.equal(generate(pipe, tiny.inputs()), expected)
+        assert replaced.scaled_by == 0.5
+
+    patched, gelu = tiny.build(), torch.nn.functional.gelu
+    monkeypatch.setattr(torch.nn.functional, "gelu", gelu)  # put back at the end
+    with cfg_parallel.enable_cfg_parallel(patched, **CPUS, prepare=patch_the_library):
+        got = [generate(patched, tiny.inputs()) for _ in range(2)]
+    one_device = generate(tiny.build(), tiny.inputs())
+    assert all(torch.equal(image, one_device) for image in got)
+    assert not torch.equal(one_device, unprepared)
+
+
+def test_a_prepare_that_cannot_be_repeated() -> None:
+    def prepare(module: Any) -> None:
+        if hasattr(module, "prepared"):
+            raise ValueError("it is prepared already")
+        module.prepared = True
+
+    with pytest.raises(
+        cfg_parallel.CfgParallelError, match=r"prepare raised ValueError: it is prepared already.*leave alone what is"
+    ):
+        cfg_parallel.enable_cfg_parallel(TINY["qwen_image"].build(), **CPUS, prepare=prepare)
+
+
+def test_a_prepare_that_cannot_travel() -> None:
+    import threading
+
+    lock = threading.Lock()
+
+    def prepare(module: Any) -> None:
+        with lock:
+            pass
+
+    with pytest.raises(ConfigurationError, match="prepare cannot be sent to the other processes"):
+        cfg_parallel.enable_cfg_parallel(TINY["qwen_image"].build(), **CPUS, prepare=prepare)
+
+
+def test_progress_is_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = TINY["qwen_image"]
+    for disable in (True, False):
+        torch.compiler.reset()
+        pipe = tiny.build()
+        pipe.set_progress_bar_config(disable=disable)
+        with cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1, compile=True, compile_options=EAGER):
+            generate(pipe, tiny.inputs())
+            generate(pipe, tiny.inputs())
+        shown = capfd.readouterr().err
+        assert shown.count("cfg-parallel: compiling on cpu, once for each kind of call ...") == (not disable)
+        assert shown.count("cfg-parallel: compiled in ") == (not disable)
