@@ -9,6 +9,7 @@ Modes:
     one-gpu-graphs   enable_cfg_parallel on one device, with CUDA graphs
     two-gpu-eager    enable_cfg_parallel on two devices, without CUDA graphs
     two-gpu-graphs   the same with CUDA graphs
+    two-gpu-compiled the same with CUDA graphs and compile=True, on a denoiser of its own
     all-gather       two processes with torch.distributed, as other projects do it: each has a denoiser of its own and
                      runs one branch of every step; then all_gather, eager guidance and scheduler step on both
     ulysses          diffusers' own sequence parallelism over the same devices: both branches on both
@@ -82,6 +83,7 @@ class Mode:
     enable: dict[str, Any] | None = None  # arguments of enable_cfg_parallel
     prepare: Callable[[Bench, int], contextlib.AbstractContextManager[dict[str, Any]]] | None = None
     gpu_only: bool = False
+    own_denoiser: bool = False  # a copy, as what is done to it would be done to the baseline's
     unequal_because: str | None = None  # of a mode whose pictures cannot be those of the reference
 
     @property
@@ -193,6 +195,12 @@ MODES: dict[str, Mode] = {
     "one-gpu-graphs": Mode(enable={"cfg_parallel_size": 1, "cuda_graphs": True}, gpu_only=True),
     "two-gpu-eager": Mode(enable={"cfg_parallel_size": 2, "cuda_graphs": False}),
     "two-gpu-graphs": Mode(enable={"cfg_parallel_size": 2, "cuda_graphs": True}, gpu_only=True),
+    "two-gpu-compiled": Mode(
+        enable={"cfg_parallel_size": 2, "cuda_graphs": True, "compile": True},
+        own_denoiser=True,
+        gpu_only=True,
+        unequal_because="compiled kernels round in their own way",
+    ),
     "all-gather": Mode(prepare=one_branch),
     "ulysses": Mode(
         prepare=half_sequences, gpu_only=True, unequal_because="half of the heads at a time: sums in another order"
@@ -310,10 +318,13 @@ def in_two_processes(mode: str, bench: Bench) -> Iterator[Round]:
 # Enabled pipelines.
 
 
-def twin(pipe: Any, model: str) -> Any:
+def twin(pipe: Any, model: str, own_denoiser: bool = False) -> Any:
     """Another pipeline object with the same modules and a scheduler of its own: enabling it leaves `pipe` alone."""
+    spec = models.spec(model)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    parts = pipe.components | models.spec(model).pipeline_kwargs | {"scheduler": scheduler}
+    parts = pipe.components | spec.pipeline_kwargs | {"scheduler": scheduler}
+    if own_denoiser:
+        parts[spec.denoiser_attribute] = copy.deepcopy(parts[spec.denoiser_attribute])
     other = type(pipe)(**parts)
     other.set_progress_bar_config(disable=True)
     return other
@@ -327,7 +338,7 @@ def enabled(mode: str, bench: Bench) -> Iterator[Round]:
     settings = MODES[mode].enable
     assert settings is not None
     mine = copy.copy(bench)
-    mine.pipe = twin(bench.pipe, bench.args.model)
+    mine.pipe = twin(bench.pipe, bench.args.model, MODES[mode].own_denoiser)
     devices = bench.args.devices[: MODES[mode].size]
     transport = bench.args.transport if len(devices) > 1 else "auto"
     with cfg_parallel.enable_cfg_parallel(mine.pipe, devices=devices, transport=transport, **settings) as handle:
@@ -373,7 +384,7 @@ def fits(mode: Mode, bench: Bench, peak: int, resting: int) -> bool:
         needed = [peak, peak]
     else:
         weights = sum(parameter.nbytes for parameter in bench.denoiser.parameters())
-        needed = [forward, weights + forward][: mode.size]
+        needed = [weights * mode.own_denoiser + forward, weights + forward][: mode.size]
     for device, need in zip(bench.args.devices, needed, strict=False):
         free, total = torch.cuda.mem_get_info(torch.device(device))
         if free - need < total // 20:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,26 @@ open({str(tmp_path)!r} + f"/done{{rank}}", "w").close()
     result = torchrun(script)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sd15"])
+def test_compiled_with_graphs_on_both_sides(name: str) -> None:
+    """The bits are those of the compiled denoiser on one GPU, one branch after the other."""
+    tiny = TINY[name]
+    pipe = tiny.build().to("cuda:0")
+    inputs = partial(tiny.inputs, num_inference_steps=8)
+    plain = reference(tiny, pipe, inputs())
+    with cfg_parallel.enable_cfg_parallel(pipe, compile=True, cuda_graphs=True) as handle:
+        got = [generate(pipe, inputs()) for _ in range(3)]
+        report = handle.report
+        assert report.graph_forwards == 16 and not report.eager_forwards, report
+        assert report.compile_seconds == report.follower_compile_seconds == 0, report
+    assert all(torch.equal(got[0], each) for each in got)
+    assert torch.allclose(got[0].float(), plain.float(), rtol=0.05, atol=0.05)
+    denoiser: Any = getattr(pipe, tiny.denoiser)
+    if name == "sd15":
+        denoiser.to(memory_format=torch.channels_last)
+        denoiser.forward = torch.compile(denoiser.forward)
+    else:
+        denoiser.compile_repeated_blocks()
+    assert torch.equal(got[0], reference(tiny, pipe, inputs()))
