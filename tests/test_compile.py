@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ pytestmark = pytest.mark.timeout(240)
 
 # The backend that changes nothing: what is tested is where it is applied. Its marks show in the code that ran.
 EAGER = {"backend": "eager"}
+
+
+def halving(code: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """A backend whose code gives half of what it should, so that it shows whether compiled code has run."""
+    return lambda *args: tuple(out / 2 if isinstance(out, torch.Tensor) else out for out in code(*args))
+
+
 CPUS = {"devices": ["cpu", "cpu"]}
 
 
@@ -149,34 +157,60 @@ def test_the_options_travel() -> None:
     assert compiling.has_graphs(wrapped) and not compiling.has_graphs(linear)
 
 
-def test_graphs_of_compiled_forwards() -> None:
-    """What compiled code reads is kept, though no op shows it; code that has graphs of its own is left alone."""
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_compiled_code_runs_in_every_call(mode: Any) -> None:
+    tiny = TINY["qwen_image"]
+    one, two = tiny.build(), tiny.build()
+    eager = generate(one, tiny.inputs())
+    compiling.compile_denoiser("transformer", one.transformer, mode, {"backend": halving})
+    expected = generate(one, tiny.inputs())
+    assert not torch.equal(eager, expected)
+    options = {"compile": mode, "compile_options": {"backend": halving}}
+    with cfg_parallel.enable_cfg_parallel(two, **CPUS, **options):
+        for _ in range(2):
+            assert torch.equal(generate(two, tiny.inputs()), expected)
 
-    class Block(torch.nn.Module):
-        def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-            return x * 2 + table
 
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Block()
-            self.table = [torch.arange(4.0)]
+class Block(torch.nn.Module):
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return x * 2 + table
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.block(x, self.table[0])
-            return out
 
-    model = Model().eval()
-    model.block.compile(**EAGER)
+class Tables(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.tables = [torch.arange(4.0)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.block(x, self.tables[0])
+        return out
+
+
+@pytest.mark.parametrize("path", ["block", ""])
+def test_graphs_of_compiled_forwards(path: str) -> None:
+    """The graph is one of the compiled code, which goes on being used, and what it reads is kept."""
+    model = Tables().eval()
+    model.get_submodule(path).compile(backend=halving)
     graphs = Graphs(torch.device("cpu"), True, rerun)
     graphs.begin(None)
     with torch.no_grad():
-        for _ in range(4):
-            out = run(graphs, model, torch.ones(4))
-    assert graphs.replayed and torch.equal(out, 2 + torch.arange(4.0))
+        outs = [run(graphs, model, torch.ones(4)) for _ in range(5)]
+        assert graphs.captured == 1 and graphs.replayed == 2, graphs.failure
+        assert all(torch.equal(out, (2 + torch.arange(4.0)) / 2) for out in outs)
+        assert torch.equal(model(torch.ones(4)), outs[0])
     (graph,) = graphs._graphs.values()
-    assert any(kept is model.table[0] or kept.data_ptr() == model.table[0].data_ptr() for kept in graph.keeps)
-    assert paths(model) == ["block"]  # as it was
+    assert any(kept.data_ptr() == model.tables[0].data_ptr() for kept in graph.keeps)
+
+
+def test_code_with_graphs_of_its_own_is_left_alone() -> None:
+    model = Tables().eval()
+    model.compile(backend=halving)
+    graphs = Graphs(torch.device("cpu"), True, rerun)
+    with mock.patch.object(compiling, "find_compiled", lambda module: [Compiled("", {"mode": "reduce-overhead"})]):
+        for _ in range(5):
+            run(graphs, model, torch.ones(4))
+    assert graphs.captured == 0 and "CUDA graphs of its own" in (graphs.failure or "")
 
 
 # prepare=

@@ -145,21 +145,14 @@ def _has_graphs(arguments: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def seen_by(module: torch.nn.Module, note: Callable[[Any], None]) -> Iterator[None]:
-    """`note` is given the arguments of every compiled part that runs inside."""
-    parts = [(sub.__dict__, sub.__dict__["_compiled_call_impl"]) for sub in module.modules() if _implementation(sub)]
-
-    def noting(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            note((args, kwargs))
-            return implementation(*args, **kwargs)
-
-        return call
-
+def uncompiled(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """`module` without its compiled code, for a run under a dispatch mode: Dynamo gives up, for good, the code that it
+    meets under one."""
+    parts = [(sub.__dict__, _implementation(sub)) for sub in module.modules() if _implementation(sub) is not None]
     try:
-        for attributes, implementation in parts:
-            attributes["_compiled_call_impl"] = noting(implementation)
-        yield
+        for attributes, _ in parts:
+            attributes["_compiled_call_impl"] = None
+        yield unwrap(module)
     finally:
         for attributes, implementation in parts:
             attributes["_compiled_call_impl"] = implementation

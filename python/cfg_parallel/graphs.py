@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
-from cfg_parallel.compiling import has_graphs, is_compiled, seen_by
+from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.replica import fingerprint
 from cfg_parallel.timing import Mark, mark
@@ -237,12 +237,18 @@ class Graphs:
 
         reads = _Reads()
 
+        looking: Any = reads
+        if is_compiled(module):
+            looking = contextlib.nullcontext()
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                with uncompiled(module) as eager, reads:
+                    eager(*args, **kwargs)
+                module(*args, **kwargs)  # whatever these tensors need to be compiled anew for
+
         def forward() -> Any:
-            with reads, seen_by(module, reads.note):
+            with looking:
                 return encode_plain(module(*args, **kwargs))
 
-        if is_compiled(module):
-            module(*args, **kwargs)  # whatever these tensors need to be compiled anew for
         (output, results), replay = self._capture(forward)
         if versions != [place._version for place in places]:
             raise UncapturableError("it overwrites one of its arguments")
@@ -257,13 +263,9 @@ class _Reads(TorchDispatchMode):
         self.tensors: list[torch.Tensor] = []
         self._known: set[int] = set()  # memory that is kept, or was made inside
 
-    def note(self, arguments: Any) -> None:
-        """Of an op, or of compiled code, whose own reads are not seen here."""
-        for tensor in self._new_in(arguments):
-            self.tensors.append(tensor.detach())
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.note((args, kwargs))
+        for tensor in self._new_in((args, kwargs)):
+            self.tensors.append(tensor.detach())
         result = func(*args, **(kwargs or {}))
         list(self._new_in(result))
         return result
