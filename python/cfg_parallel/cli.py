@@ -98,6 +98,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
     add("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help="default: %(default)s")
+    add("--compile", choices=["auto", "regional", "full", "off"], default="off", help="default: %(default)s")
     add("--compare", action="store_true", help="run one device first and compare time and picture")
 
 

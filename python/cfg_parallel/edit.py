@@ -55,7 +55,7 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         _share_cpu_threads(devices)
     pipe = _load(args.model, args.dtype, devices[0], quiet=quiet_load)
 
-    if len(devices) == 1:
+    if len(devices) == 1 and args.compile == "off":
         run = _generate(pipe, call, args, devices[0])
         _save(run, args.output)
         print(run.line("one device", devices[0]))
@@ -75,6 +75,7 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         devices=devices,
         transport=args.transport,
         cuda_graphs={"auto": "auto", "on": True, "off": False}[args.cuda_graphs],  # type: ignore[arg-type]
+        compile={"auto": True, "off": False}.get(args.compile, args.compile),
     ) as handle:
         started_s = time.perf_counter() - start
         many = _generate(pipe, call, args, devices[0])
