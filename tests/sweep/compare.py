@@ -1,0 +1,160 @@
+"""One pipeline on one device and on two processes: is it the same, was it shared, and why not."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import cfg_parallel
+from cfg_parallel.calls import Call, Denoiser
+from reference import concatenate
+from sweep import families
+from sweep.build import Case
+
+LIST = Path(__file__).parent / "pipelines.csv"
+# A batch of two and two batches of one run other kernels, and a few steps enlarge what their rounding differs by.
+TOLERANCE = 2e-3  # of the largest value, for float32
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Row:
+    """What docs/supported_pipelines.json says of a pipeline.
+
+    `equal`: bit for bit what one device gives with the branches of a batch one after the other, which for a pipeline
+    that calls its denoiser once a branch is what it gives anyway. `max_diff`: from the pipeline as it is on one device,
+    as a part of the largest value. `supported`: the branches were shared in every step with guidance that could be."""
+
+    pipeline: str
+    pattern: str
+    deprecated: bool
+    supported: bool | None = None
+    equal: bool | None = None
+    max_diff: float | None = None
+    calls_shipped_per_step: float | None = None
+    rule: str | None = None
+    graph: bool | str | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cases() -> dict[str, Case]:
+    """By pipeline, of all families."""
+    found: dict[str, Case] = {}
+    for module in pkgutil.iter_modules(families.__path__):
+        for case in importlib.import_module(f"sweep.families.{module.name}").CASES:
+            if case.pipeline in found:
+                raise ValueError(f"Two families have a case for {case.pipeline}.")
+            found[case.pipeline] = case
+    return found
+
+
+def listed() -> dict[str, Row]:
+    """Every pipeline that uses guidance, with nothing known yet."""
+    with LIST.open() as lines:
+        return {
+            row["pipeline"]: Row(row["pipeline"], row["pattern"], row["deprecated"] == "True")
+            for row in csv.DictReader(lines)
+        }
+
+
+def arrays(output: Any) -> list[np.ndarray]:
+    """The numbers in what a pipeline returns."""
+    if isinstance(output, torch.Tensor):
+        return [output.detach().float().cpu().numpy()]
+    if isinstance(output, np.ndarray):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [array for item in output for array in arrays(item)]
+    if hasattr(output, "convert"):  # a picture
+        return [np.asarray(output)]
+    return []
+
+
+def run(pipe: Any, arguments: dict[str, Any]) -> list[np.ndarray]:
+    """Seeds PyTorch's global generator, from which some schedulers draw."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    return arrays(pipe(**arguments))
+
+
+def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and np.array_equal(x, y, equal_nan=False) for x, y in zip(a, b, strict=True)
+    )
+
+
+def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+    if [x.shape for x in a] != [y.shape for y in b]:
+        return float("inf")
+    pairs = [(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(a, b, strict=True)]
+    largest = max((float(np.abs(y).max(initial=0)) for _, y in pairs), default=0.0)
+    return max((float(np.abs(x - y).max(initial=0)) for x, y in pairs), default=0.0) / (largest or 1.0)
+
+
+@contextmanager
+def branch_by_branch(pipe: Any, splits: dict[Any, int]) -> Iterator[None]:
+    """On one device, every batch that cfg-parallel has split (signature of a call -> branches) is run part by part."""
+    branches = {_without_context(signature): count for signature, count in splits.items()}
+    with ExitStack() as stack:
+        for name in {signature[0] for signature in splits}:
+            module = getattr(pipe, name)
+            plain = module.forward
+
+            def forward(*args: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
+                call = Call.of(Denoiser(name, plain), args, kwargs, CPU)
+                count = branches.get(_without_context(call.signature()))
+                return plain(*args, **kwargs) if count is None else concatenate([p.run(CPU) for p in call.split(count)])
+
+            stack.enter_context(mock.patch.object(module, "forward", forward))
+        yield
+
+
+def _without_context(signature: Any) -> Any:
+    name, _, *rest = signature
+    return name, *rest
+
+
+def compare(case: Case, row: Row, devices: Sequence[str] = ("cpu", "cpu")) -> Row:
+    """Fills in `row`. Raises AssertionError where two devices give something else than one."""
+    row.note = case.note
+    expected = run(case.build(), case.arguments())
+    assert expected and all(np.isfinite(array).all() for array in expected), "one device gives nan, inf or nothing"
+    assert not same(expected, run(case.build(), case.without_guidance())), "guidance changes nothing here"
+    pipe = case.build()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with cfg_parallel.enable_cfg_parallel(pipe, devices=devices, cfg_parallel_size=len(devices)) as handle:
+            first = run(pipe, case.arguments())
+            second = run(pipe, case.arguments())
+            report = handle.report
+            splits = dict(handle._leader._splits)  # type: ignore[attr-defined]
+    plain = case.build()
+    with branch_by_branch(plain, splits):
+        reference = run(plain, case.arguments())
+    row.max_diff = max(difference(first, expected), difference(second, expected))
+    row.equal = same(second, reference)
+    row.calls_shipped_per_step = round(report.calls_shipped / max(1, report.steps), 2)
+    row.supported = report.guided_steps > 0 and report.parallel_steps == report.guided_steps
+    row.rule = next(iter(report.fused), None)
+    if not row.supported:
+        reasons = [*report.notes, *(str(each.message) for each in caught if "cfg-parallel" in str(each.message))]
+        row.note = "; ".join(filter(None, [case.note, *reasons])) or report.why
+    assert row.max_diff <= TOLERANCE, f"two devices differ from one by {row.max_diff:.1e} of the largest value"
+    assert row.equal, f"two devices differ from one, branch by branch, by {difference(second, reference):.1e}"
+    return row

@@ -1,0 +1,12 @@
+"""Stable Diffusion 1 and 2."""
+
+from __future__ import annotations
+
+from sweep.build import Case
+
+NO_CHECKER = {"requires_safety_checker": False}
+
+CASES = [
+    Case("StableDiffusionPipeline", NO_CHECKER),
+    Case("StableDiffusionImg2ImgPipeline", NO_CHECKER, {"strength": 1.0}),
+]
