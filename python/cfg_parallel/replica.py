@@ -12,6 +12,7 @@ import torch
 from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
+from cfg_parallel.offload import follow, group_offload, hooks_of, restless
 
 _CHUNK = 256 << 20  # bytes of weights in one message
 
@@ -32,29 +33,24 @@ def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float)
 
 def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
     """What a replica would get wrong without anybody noticing."""
+    config = group_offload(module)
+    if config is not None and config.offload_to_disk_path is not None:
+        raise ConfigurationError(
+            f"The denoiser {name!r} is offloaded to disk, so there are no weights to replicate; leave "
+            "offload_to_disk_path out of enable_group_offload."
+        )
     for sub in module.modules():
         if getattr(sub, "_compiled_call_impl", None) is not None:
             raise ConfigurationError(
                 f"The denoiser {name!r} is compiled (torch.compile), which cfg-parallel does not support yet: its "
                 "replica would round otherwise; load it without compiling."
             )
-        for hook_name, hook in _hooks(sub).items():
-            if hook_name.startswith("group_offloading"):
-                raise ConfigurationError(
-                    f"The denoiser {name!r} is under group offload, which cfg-parallel does not support yet; leave "
-                    "enable_group_offload out and move the pipeline with pipe.to('cuda')."
-                )
+        for hook_name, hook in hooks_of(sub).items():
             if hook._is_stateful:
                 raise ConfigurationError(
                     f"The denoiser {name!r} has a cache ({hook_name}), which cfg-parallel does not support yet: "
                     "its state would be split between processes; call disable_cache() on it."
                 )
-
-
-def _hooks(module: torch.nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers has put on one module (caches, offload, casting)."""
-    registry = module.__dict__.get("_diffusers_hook")
-    return registry.hooks if registry is not None else {}
 
 
 def _expect(header: dict[str, Any], kind: str) -> None:
@@ -86,6 +82,8 @@ def receive_replica(
             link.pull_into(weights, [tensors[i] for i in chunk])
         link.send({"kind": "stored"})
     module = decode(header["body"], tensors) if into is None else into
+    if into is None:
+        follow(module, link.device)
     _wait_for(link.device)
     link.send({"kind": "ready"})
     return module
@@ -110,20 +108,23 @@ def _chunks(specs: Sequence[TensorSpec]) -> Iterator[list[int]]:
         yield chunk
 
 
-def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
+def fingerprint(module: torch.nn.Module, memory: bool = False) -> tuple[Any, ...]:
     """Changes when weights, buffers, submodules, hooks or plain settings (a LoRA's scale, say) of `module` change.
 
-    Compared once a generation; reads no tensor value: a tensor is its identity and its version counter."""
+    Compared once a generation; reads no tensor value: a tensor is its identity, its version counter and its memory. The
+    memory does not count where each forward leaves the weights in another place, unless `memory` asks for just that."""
+    moving = set() if memory else restless(module)
     parts: list[Any] = []
     add = parts.append
     for path, sub in module.named_modules():
         add(path)
         add(type(sub))
-        parts += _hooks(sub)
+        parts += hooks_of(sub)
+        describe = _moving_tensor if id(sub) in moving else _tensor
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
-                    parts += (key, *_tensor(tensor))
+                    parts += (key, *describe(tensor))
         for key, value in sub.__dict__.items():
             if type(value) in _SCALARS:
                 parts += (key, value)
@@ -169,6 +170,15 @@ def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
         kind, parts, context, *_ = take_apart(tensor)
         return id(kind), *(item for part in parts.values() for item in _tensor(part)[1:]), _setting(context)
     return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype
+
+
+def _moving_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """`.to()`, which brings it to a forward and back, gives a parameter other memory, and replaces a buffer."""
+    identity = id(tensor) if isinstance(tensor, torch.nn.Parameter) else None
+    if is_special(tensor):
+        kind, parts, context, *_ = take_apart(tensor)
+        return identity, id(kind), *(part.dtype for part in parts.values()), tensor._version, _setting(context)
+    return identity, -1 if tensor.is_inference() else tensor._version, tensor.shape, tensor.dtype
 
 
 def _setting(value: Any) -> Any:
