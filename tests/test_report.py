@@ -56,9 +56,10 @@ def test_imbalance(leader: float, follower: float, slow: str) -> None:
 
 def test_gpus_that_differ_are_named() -> None:
     names = {"gpus": ["NVIDIA RTX 4090", "NVIDIA RTX 3090"]}
-    assert "on the follower (NVIDIA RTX 3090) as on the leader (NVIDIA RTX 4090)" in report(
-        follower_forward_ms=300.0, **names
-    ).why
+    assert (
+        "on the follower (NVIDIA RTX 3090) as on the leader (NVIDIA RTX 4090)"
+        in report(follower_forward_ms=300.0, **names).why
+    )
     assert "on the follower (NVIDIA RTX 3090) as on the leader" in report(follower_forward_ms=900.0, **names).why
     assert "NVIDIA" not in report(follower_forward_ms=300.0, gpus=["NVIDIA L4"] * 2).why
     assert "NVIDIA" not in report(**names).why  # a difference that does not show

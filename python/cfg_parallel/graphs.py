@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.numerics import same_bits
+from cfg_parallel.offload import restless
 from cfg_parallel.replica import fingerprint
 from cfg_parallel.timing import Mark, mark
 
@@ -150,7 +151,7 @@ class Graphs:
             self._kinds.popitem(last=False)
         why = self._why_not_now(denoiser, kind)
         start, clock = mark(self.device), time.perf_counter()
-        before = fingerprint(module, memory=True) if why is None else None
+        before = fingerprint(module) if why is None else None
         watching: Any = _notice_waits(self.device) if why is None else contextlib.nullcontext([])
         with watching as waits:
             args, kwargs = decode(body, tensors)
@@ -200,8 +201,10 @@ class Graphs:
         try:
             if waits:
                 raise UncapturableError("it waits for the GPU (.item(), a boolean mask) or copies from host memory")
-            if fingerprint(module, memory=True) != before:
-                raise UncapturableError("it changes the denoiser's weights or settings (layerwise casting, a counter)")
+            if restless(module) or fingerprint(module) != before:
+                raise UncapturableError(
+                    "it changes the denoiser's weights or settings (layerwise casting, group offload, a counter)"
+                )
             if any(sub._forward_hooks or sub._forward_pre_hooks for sub in module.modules()):
                 raise UncapturableError("a forward hook would no longer be called")
             graph = self._make(module, body, tensors)

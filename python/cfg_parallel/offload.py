@@ -10,7 +10,7 @@ import torch
 from cfg_parallel.errors import ConfigurationError
 
 _GROUP = "group_offloading"
-_GROUP_HOOKS = (_GROUP, "layer_execution_tracker", "lazy_prefetch_group_offloading")
+FIRST_FORWARD_HOOKS = ("layer_execution_tracker", "lazy_prefetch_group_offloading")  # of group offload with a stream
 _CASTING = "layerwise_casting"
 _GROUP_SETTINGS = (
     "offload_device",
@@ -89,8 +89,8 @@ def keep_on(name: str, module: torch.nn.Module, device: torch.device) -> None:
 def refuse_group_offload(name: str, module: torch.nn.Module) -> None:
     if group_offload(module) is not None:
         raise ConfigurationError(
-            f"The denoiser {name!r} is under group offload, which diffusers does not mix with enable_model_cpu_offload; "
-            "offload the other models with enable_group_offload or apply_group_offloading too."
+            f"The denoiser {name!r} is under group offload, which diffusers does not mix with "
+            "enable_model_cpu_offload; call apply_group_offloading on the other models too."
         )
 
 
@@ -131,7 +131,7 @@ def follow(module: torch.nn.Module, device: torch.device) -> None:
     from diffusers.hooks import HookRegistry, apply_group_offloading
 
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    for name in _GROUP_HOOKS:
+    for name in (_GROUP, *FIRST_FORWARD_HOOKS):
         registry.remove_hook(name, recurse=True)
     settings = {name: getattr(config, name) for name in _GROUP_SETTINGS if hasattr(config, name)}
     apply_group_offloading(module, onload_device=device, use_stream=config.stream is not None, **settings)

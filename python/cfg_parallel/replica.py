@@ -12,7 +12,7 @@ import torch
 from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
-from cfg_parallel.offload import follow, group_offload, hooks_of, restless
+from cfg_parallel.offload import FIRST_FORWARD_HOOKS, follow, group_offload, hooks_of, restless
 
 _CHUNK = 256 << 20  # bytes of weights in one message
 
@@ -108,19 +108,20 @@ def _chunks(specs: Sequence[TensorSpec]) -> Iterator[list[int]]:
         yield chunk
 
 
-def fingerprint(module: torch.nn.Module, memory: bool = False) -> tuple[Any, ...]:
+def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     """Changes when weights, buffers, submodules, hooks or plain settings (a LoRA's scale, say) of `module` change.
 
     Compared once a generation; reads no tensor value: a tensor is its identity, its version counter and its memory. The
-    memory does not count where each forward leaves the weights in another place, unless `memory` asks for just that."""
-    moving = set() if memory else restless(module)
+    memory does not count where a hook leaves the weights in another place after each forward."""
+    moving = restless(module)
     parts: list[Any] = []
     add = parts.append
     for path, sub in module.named_modules():
         add(path)
         add(type(sub))
-        parts += hooks_of(sub)
-        describe = _moving_tensor if id(sub) in moving else _tensor
+        parts += (name for name in hooks_of(sub) if name not in FIRST_FORWARD_HOOKS)
+        moves = id(sub) in moving
+        describe, without = (_moving_tensor, _NOT_MOVING) if moves else (_tensor, _NOT_SETTINGS)
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
@@ -128,13 +129,14 @@ def fingerprint(module: torch.nn.Module, memory: bool = False) -> tuple[Any, ...
         for key, value in sub.__dict__.items():
             if type(value) in _SCALARS:
                 parts += (key, value)
-            elif key not in _NOT_SETTINGS and (type(value) not in _CONTAINERS or value):  # most are empty hook dicts
+            elif key not in without and (type(value) not in _CONTAINERS or value):  # most are empty hook dicts
                 parts += (key, _setting(value))
     return tuple(parts)
 
 
 # `_diffusers_hook` holds per-generation state; the hooks that it runs are functions replaced in `forward`.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
+_NOT_MOVING = _NOT_SETTINGS | {"forward"}  # group offload takes hooks off in its first forward
 
 
 _SCALARS = frozenset([bool, int, float, str, type(None)])
