@@ -44,8 +44,8 @@ def device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
     device_map = getattr(pipe, "hf_device_map", None)
     if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
         raise ConfigurationError(
-            f"The pipeline's models are on different devices ({_in_words(device_map)}), which the followers are to "
-            "use; call pipe.reset_device_map() and then pipe.to('cuda') or pipe.enable_model_cpu_offload()."
+            f"The pipeline's models are spread over the devices that the followers are to use ({_in_words(device_map)}); "
+            "call pipe.reset_device_map() and then pipe.to('cuda') or pipe.enable_model_cpu_offload()."
         )
     if len(devices) != 1:
         raise ConfigurationError(

@@ -56,7 +56,7 @@ def enable_cfg_parallel(
     (docs/exactness.md).
 
     Args:
-        pipe: a diffusers pipeline on its device (`pipe.to("cuda")` first).
+        pipe: a diffusers pipeline on its device (`pipe.to("cuda")` first), or under `enable_model_cpu_offload`.
         cfg_parallel_size: how many devices share the passes of a step, at least 1; 1 changes nothing but gives reports.
         devices: one device for each, the first being the pipeline's own; "cpu" may repeat (a process each). Default:
             the pipeline's device and the next visible GPUs; for a pipeline on the CPU, as many CPU processes.

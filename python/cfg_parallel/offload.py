@@ -81,8 +81,8 @@ def keep_on(name: str, module: torch.nn.Module, device: torch.device) -> None:
         size = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
         raise ConfigurationError(
             f"The denoiser {name!r} ({size / 1e9:.1f} GB) does not fit on {device}, where it stays while the other "
-            f"models are offloaded; load it quantized, or use pipe.{name}.enable_layerwise_casting(...) or "
-            f"pipe.{name}.enable_group_offload(...)."
+            f"models are offloaded; load it quantized, use pipe.{name}.enable_layerwise_casting(...), or offload all "
+            "models by groups (apply_group_offloading) instead."
         ) from error
 
 

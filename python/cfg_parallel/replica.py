@@ -55,7 +55,13 @@ def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
 
 def _expect(header: dict[str, Any], kind: str) -> None:
     if header["kind"] == "error":
-        raise CfgParallelError(f"The follower could not build the denoiser: {header['message']}")
+        message = header["message"]
+        if "OutOfMemoryError" in message:
+            raise ConfigurationError(
+                f"The denoiser does not fit on the follower's GPU ({message}); load it quantized, or use "
+                "enable_layerwise_casting(...) or enable_group_offload(...) on it."
+            )
+        raise CfgParallelError(f"The follower could not build the denoiser: {message}")
     if header["kind"] != kind:
         raise CfgParallelError(f"Expected a message of kind {kind!r} from the follower, but got {header['kind']!r}.")
 
@@ -121,7 +127,7 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
         add(type(sub))
         parts += (name for name in hooks_of(sub) if name not in FIRST_FORWARD_HOOKS)
         moves = id(sub) in moving
-        describe, without = (_moving_tensor, _NOT_MOVING) if moves else (_tensor, _NOT_SETTINGS)
+        describe, without = (_moving_tensor, _NOT_HOOKED) if moves else (_tensor, _NOT_SETTINGS)
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
@@ -136,7 +142,7 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
 
 # `_diffusers_hook` holds per-generation state; the hooks that it runs are functions replaced in `forward`.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
-_NOT_MOVING = _NOT_SETTINGS | {"forward"}  # group offload takes hooks off in its first forward
+_NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
 
 
 _SCALARS = frozenset([bool, int, float, str, type(None)])
@@ -154,7 +160,7 @@ class Watch:
             (sub.__dict__, key)
             for sub in module.modules()
             for key, value in sub.__dict__.items()
-            if key not in _NOT_SETTINGS and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
+            if key not in _NOT_HOOKED and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
         ]
         self._seen = self._look()
 
@@ -177,10 +183,11 @@ def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _moving_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     """`.to()`, which brings it to a forward and back, gives a parameter other memory, and replaces a buffer."""
     identity = id(tensor) if isinstance(tensor, torch.nn.Parameter) else None
+    version = -1 if tensor.is_inference() else tensor._version
     if is_special(tensor):
         kind, parts, context, *_ = take_apart(tensor)
-        return identity, id(kind), *(part.dtype for part in parts.values()), tensor._version, _setting(context)
-    return identity, -1 if tensor.is_inference() else tensor._version, tensor.shape, tensor.dtype
+        return identity, version, id(kind), *(part.dtype for part in parts.values()), _setting(context)
+    return identity, version, tensor.shape, tensor.dtype
 
 
 def _setting(value: Any) -> Any:
