@@ -43,9 +43,10 @@ def device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
         )
     device_map = getattr(pipe, "hf_device_map", None)
     if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
+        spread = ", ".join(f"{name}: {device}" for name, device in device_map.items())
         raise ConfigurationError(
-            f"The pipeline's models are spread over the devices that the followers are to use ({_in_words(device_map)}); "
-            "call pipe.reset_device_map() and then pipe.to('cuda') or pipe.enable_model_cpu_offload()."
+            f"The pipeline's models are spread over the devices that the followers are to use ({spread}); call "
+            "pipe.reset_device_map(), then pipe.to('cuda') or pipe.enable_model_cpu_offload()."
         )
     if len(devices) != 1:
         raise ConfigurationError(
@@ -60,10 +61,6 @@ def device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
             f"Expected the pipeline on cpu or cuda, but it is on {device}; move it with pipe.to('cuda')."
         )
     return device
-
-
-def _in_words(device_map: dict[str, Any]) -> str:
-    return ", ".join(f"{name}: {device}" for name, device in device_map.items())
 
 
 def choose_devices(
