@@ -262,10 +262,6 @@ def test_offloaded_denoiser(pipe: Any) -> None:
     pipe.transformer.to("meta")
     with pytest.raises(ConfigurationError, match="enable_sequential_cpu_offload"):
         enable_cfg_parallel(pipe)
-    other = QWEN.build()
-    other._all_hooks = [object()]  # what enable_model_cpu_offload leaves
-    with pytest.raises(ConfigurationError, match="enable_model_cpu_offload"):
-        enable_cfg_parallel(other)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0], ids=["ended before the first message", "ended after it"])
@@ -298,7 +294,7 @@ def test_pipeline_that_is_cast_or_moved(pipe: Any) -> None:
         expected = generate(QWEN.build().to(torch.bfloat16), QWEN.inputs())
         assert torch.equal(generate(pipe, QWEN.inputs()), expected)
         pipe.transformer.to("meta")
-        with pytest.raises(ConfigurationError, match="has moved from cpu to meta"):
+        with pytest.raises(ConfigurationError, match="offloaded one by one"):
             generate(pipe, QWEN.inputs())
 
 
@@ -351,9 +347,6 @@ def test_what_a_replica_would_get_wrong_is_refused(pipe: Any) -> None:
             generate(pipe, QWEN.inputs())
         pipe.transformer.disable_cache()
         assert torch.equal(generate(pipe, QWEN.inputs()), expected)
-    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(ConfigurationError, match="group offload"):
-        enable_cfg_parallel(pipe)
 
 
 class MixRows:

@@ -156,6 +156,12 @@ def test_a_structure_that_cannot_be_built_is_an_error(links: tuple[Link, Link]) 
         ship(links, Explosive())
 
 
+def test_a_module_that_does_not_fit_on_the_follower(links: tuple[Link, Link]) -> None:
+    links[1].send({"kind": "error", "message": "OutOfMemoryError: CUDA out of memory."})
+    with pytest.raises(ConfigurationError, match=r"follower's GPU \(OutOfMemoryError.*enable_layerwise_casting"):
+        send_replica(links[0], "transformer", torch.nn.Linear(2, 2), timeout=2)
+
+
 def test_compiled_module_is_refused(links: tuple[Link, Link]) -> None:
     """A compiled forward rounds otherwise, and pickling a module loses that it is compiled."""
     module = torch.nn.Sequential(torch.nn.Linear(2, 2))

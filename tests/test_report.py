@@ -49,8 +49,27 @@ def test_normal() -> None:
 @pytest.mark.parametrize(("leader", "follower", "slow"), [(200.0, 300.0, "follower"), (300.0, 200.0, "leader")])
 def test_imbalance(leader: float, follower: float, slow: str) -> None:
     why = report(leader_forward_ms=leader, follower_forward_ms=follower).why
-    assert why.startswith("in parallel") and f"a forward takes 1.50 times as long on the {slow}" in why
+    assert why.startswith("in parallel") and f"a forward takes 1.50 times as long on the {slow} as on the" in why
+    assert "waits 100 ms a step" in why and "1.33 times as fast" in why and why.endswith("would make it 2.00.")
     assert "waits" not in report(leader_forward_ms=leader, follower_forward_ms=leader * 1.1).why
+
+
+def test_gpus_that_differ_are_named() -> None:
+    names = {"gpus": ["NVIDIA RTX 4090", "NVIDIA RTX 3090"]}
+    assert (
+        "on the follower (NVIDIA RTX 3090) as on the leader (NVIDIA RTX 4090)"
+        in report(follower_forward_ms=300.0, **names).why
+    )
+    assert "on the follower (NVIDIA RTX 3090) as on the leader" in report(follower_forward_ms=900.0, **names).why
+    assert "NVIDIA" not in report(follower_forward_ms=300.0, gpus=["NVIDIA L4"] * 2).why
+    assert "NVIDIA" not in report(**names).why  # a difference that does not show
+
+
+def test_a_slower_leader_that_has_less_to_do() -> None:
+    """Three passes on two devices: the follower runs two of them, and nobody waits for the leader."""
+    three = {"calls_shipped": 98, "calls_local": 52, "follower_forward_ms": 200.0}
+    assert "waits" not in report(leader_forward_ms=300.0, **three).why
+    assert "waits 100 ms a step" in report(leader_forward_ms=500.0, **three).why
 
 
 def test_a_follower_too_slow_to_help() -> None:

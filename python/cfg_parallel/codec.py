@@ -110,6 +110,10 @@ class _StructurePickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):  # quantized, say
             return _rebuild_special, take_apart(obj)
+        if isinstance(obj, torch.Stream):  # of a hook that moves weights
+            return type(obj), ()
+        if type(obj).__name__ == "ModuleGroup" and type(obj).__module__ == "diffusers.hooks.group_offloading":
+            return type(None), ()  # it has the weights once more; the follower makes its own
         return super().reducer_override(obj)
 
 

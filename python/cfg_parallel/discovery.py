@@ -10,6 +10,7 @@ import torch
 
 from cfg_parallel.compiling import unwrap
 from cfg_parallel.errors import ConfigurationError
+from cfg_parallel.offload import devices_of, is_offloaded, offload_device
 
 
 def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -33,22 +34,28 @@ def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
-    devices = {tensor.device for module in modules.values() for tensor in module.parameters()}
-    if any(device.type == "meta" for device in devices) or getattr(pipe, "_is_sequentially_offloaded", False):
+    """Where the denoisers compute, which is where an offloaded pipeline brings them."""
+    devices = set().union(*map(devices_of, modules.values()))
+    if any(device.type == "meta" for device in devices):
         raise ConfigurationError(
-            "The denoiser's weights are offloaded one by one (enable_sequential_cpu_offload), so there is nothing to "
-            "replicate; load the pipeline without it and move it to a GPU with pipe.to('cuda')."
+            "The denoiser's weights are offloaded one by one (enable_sequential_cpu_offload, device_map), so there is "
+            "nothing to replicate; load it without and call pipe.enable_model_cpu_offload(), or give the denoiser "
+            "enable_group_offload(...)."
         )
-    if getattr(pipe, "_all_hooks", None):
+    device_map = getattr(pipe, "hf_device_map", None)
+    if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
+        spread = ", ".join(f"{name}: {device}" for name, device in device_map.items())
         raise ConfigurationError(
-            "The pipeline moves its models between CPU and GPU (enable_model_cpu_offload), which cfg-parallel does not "
-            "support yet; use pipe.to('cuda')."
+            f"The pipeline's models are spread over the devices that the followers are to use ({spread}); call "
+            "pipe.reset_device_map(), then pipe.to('cuda') or pipe.enable_model_cpu_offload()."
         )
     if len(devices) != 1:
         raise ConfigurationError(
             f"Expected the denoiser on one device, but it is on {sorted(map(str, devices))}; load it without "
             "device_map and move it with pipe.to('cuda')."
         )
+    if is_offloaded(pipe):
+        return offload_device(pipe)
     device = devices.pop()
     if device.type not in ("cpu", "cuda"):
         raise ConfigurationError(

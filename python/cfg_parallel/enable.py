@@ -23,6 +23,7 @@ from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import Generation, Leader
+from cfg_parallel.offload import devices_of, is_offloaded, keep_on, offload_all
 from cfg_parallel.patch import CfgParallel, denoiser_view, original_scheduler, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.preparation import Preparation, Prepare
@@ -62,7 +63,7 @@ def enable_cfg_parallel(
     (docs/exactness.md).
 
     Args:
-        pipe: a diffusers pipeline on its device (`pipe.to("cuda")` first).
+        pipe: a diffusers pipeline on its device (`pipe.to("cuda")` first), or under `enable_model_cpu_offload`.
         cfg_parallel_size: how many devices share the passes of a step, at least 1; 1 changes nothing but gives reports.
         devices: one device for each, the first being the pipeline's own; "cpu" may repeat (a process each). Default:
             the pipeline's device and the next visible GPUs; for a pipeline on the CPU, as many CPU processes.
@@ -109,10 +110,13 @@ def enable_cfg_parallel(
     transport, reason = resolve(transport, chosen)
     remotes: list[RemoteFollower] = []
     try:
+        if is_offloaded(pipe):
+            for name, module in modules.items():
+                keep_on(name, module, leader_device)
         if rank is not None:
             connected = spmd.connect(chosen, rank, follower_timeout)
             if isinstance(connected, spmd.ServingRank):
-                return Serving(pipe, connected, modules, preparation)
+                return Serving(pipe, connected, modules, preparation, leader_device)
             remotes = connected
         else:
             for device in chosen[1:]:
@@ -123,6 +127,7 @@ def enable_cfg_parallel(
     except BaseException:
         for remote in remotes:
             remote.close()
+        offload_all(pipe)
         raise
     return handle
 
@@ -188,7 +193,7 @@ class Leading(CfgParallel):
             self._close.detach()  # the caller has the followers
             self._unprepare()
             raise
-        super().__init__(pipe)
+        super().__init__(pipe, list(modules), devices[0])
         self._signature = inspect.signature(self._class.__call__)
         for name, denoiser in self._denoisers.items():
             pipe.__dict__[name] = denoiser_view(denoiser, self._leader)
@@ -211,6 +216,7 @@ class Leading(CfgParallel):
         for remote in remotes:
             hello = remote.greet()
             _check_same(hello, self.devices[0])
+            remote.gpu = hello["gpu"]
         if self.transport == "peer":
             try:
                 for remote in remotes:
@@ -255,7 +261,16 @@ class Leading(CfgParallel):
         if self._leader.generation is not None:  # a pipeline that calls itself, or a callback that does
             return call(*args, **kwargs)
         has_callback = any("callback" in name and value is not None for name, value in kwargs.items())
-        self._leader.before_step = self._ship_what_a_callback_changed if has_callback else None
+        offloaded = is_offloaded(self._pipe())
+
+        def before_step() -> None:
+            if offloaded:
+                for placeholder in self._placeholders:
+                    placeholder()
+            if has_callback:
+                self._ship_what_a_callback_changed()
+
+        self._leader.before_step = before_step if offloaded or has_callback else None
         output: Any = None
         failure: str | None = None
         try:
@@ -324,8 +339,10 @@ class Leading(CfgParallel):
         self._view_scheduler(pipe)
         for name, denoiser in self._denoisers.items():
             current = getattr(pipe, name)
-            device = next(current.parameters()).device
-            if device != self.devices[0]:
+            if is_offloaded(pipe):
+                keep_on(name, current, self.devices[0])
+            if self.devices[0] not in devices_of(current):
+                device = device_of(pipe, {name: current})
                 raise ConfigurationError(
                     f"The pipeline has moved from {self.devices[0]} to {device} since it was enabled; call "
                     "disable_cfg_parallel(pipe) and enable_cfg_parallel(pipe) again, or move it back."
@@ -374,6 +391,7 @@ class Leading(CfgParallel):
             devices=[str(device) for device in self.devices],
             transport=self.transport,
             transport_reason=self._transport_reason,
+            gpus=[torch.cuda.get_device_name(self.devices[0]), *(remote.gpu for remote in remotes)] if on_gpu else [],
             seconds=generation.seconds,
             steps=len(generation.steps),
             guided_steps=sum(step.branches > 1 for step in generation.steps),
@@ -423,9 +441,9 @@ class Leading(CfgParallel):
     def disable(self) -> None:
         """Give the pipeline back as it was, and end the followers. May be called twice."""
         with self._lock:
-            pipe = self._pipe()
+            pipe, was_enabled = self._pipe(), self._close.alive
             super().disable()
-            if pipe is not None and self._close.alive:
+            if pipe is not None and was_enabled:
                 for name, denoiser in self._denoisers.items():
                     if getattr(type(pipe.__dict__.get(name)), "_cfg_parallel_denoiser", None) is denoiser:
                         pipe.__dict__[name] = denoiser.module
@@ -439,13 +457,20 @@ class Leading(CfgParallel):
                 with contextlib.suppress(FollowerLostError):  # then there is nothing to report on
                     self._report = self._make_report(self._generation)
             self._close()
+            if pipe is not None and was_enabled:
+                offload_all(pipe)
 
 
 class Serving(CfgParallel):
     """On a rank that serves the leader under torchrun: `pipe(...)` answers its calls and returns rank 0's output."""
 
     def __init__(
-        self, pipe: Any, serving: spmd.ServingRank, modules: dict[str, torch.nn.Module], preparation: Preparation
+        self,
+        pipe: Any,
+        serving: spmd.ServingRank,
+        modules: dict[str, torch.nn.Module],
+        preparation: Preparation,
+        device: torch.device,
     ) -> None:
         self._serving = serving
         self._undo = [preparation.apply(name, module) for name, module in modules.items()]
@@ -455,7 +480,7 @@ class Serving(CfgParallel):
             self._unprepare()
             raise
         self._close = weakref.finalize(pipe, serving.close)
-        super().__init__(pipe)
+        super().__init__(pipe, list(modules), device)
 
     def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._serving.serve()
@@ -465,9 +490,12 @@ class Serving(CfgParallel):
         raise ConfigurationError("The report is on rank 0; this rank served its calls.")
 
     def disable(self) -> None:
+        pipe, was_enabled = self._pipe(), self._close.alive
         super().disable()
         self._close()
         self._unprepare()
+        if pipe is not None and was_enabled:
+            offload_all(pipe)
 
     def _unprepare(self) -> None:
         while self._undo:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
+from cfg_parallel.offload import restless
 from cfg_parallel.replica import fingerprint
 from cfg_parallel.timing import Mark, mark
 
@@ -201,8 +202,10 @@ class Graphs:
         try:
             if waits:
                 raise UncapturableError("it waits for the GPU (.item(), a boolean mask) or copies from host memory")
-            if fingerprint(module) != before:
-                raise UncapturableError("it changes the denoiser's weights or settings (layerwise casting, a counter)")
+            if restless(module) or fingerprint(module) != before:
+                raise UncapturableError(
+                    "it changes the denoiser's weights or settings (layerwise casting, group offload, a counter)"
+                )
             if any(sub._forward_hooks or sub._forward_pre_hooks for sub in module.modules()):
                 raise UncapturableError("a forward hook would no longer be called")
             if has_graphs(module):

@@ -6,13 +6,15 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cfg_parallel.calls import Denoiser
+from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.leader import Leader
+from cfg_parallel.offload import Placeholder, is_offloaded, offload_others, refuse_group_offload
 from cfg_parallel.report import Report
 from cfg_parallel.timesteps import know
 
@@ -25,11 +27,19 @@ class CfgParallel:
 
     Replaces the class of one pipeline object by a subclass with another `__call__`."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, denoisers: Sequence[str], device: torch.device) -> None:
         self._pipe = weakref.ref(pipe)
         self._class = type(pipe)
         self._lock = threading.RLock()
-        pipe.__class__ = _subclass(type(pipe), {"__call__": self._wrap(type(pipe).__call__), "_cfg_parallel": self})
+        self._names = denoisers
+        self._device = device
+        self._placeholders: list[Placeholder] = []
+        if is_offloaded(pipe):
+            self._offload_others(pipe)
+        namespace: dict[str, Any] = {"__call__": self._wrap(type(pipe).__call__), "_cfg_parallel": self}
+        if hasattr(type(pipe), "enable_model_cpu_offload"):
+            namespace["enable_model_cpu_offload"] = self._wrap_offload(type(pipe).enable_model_cpu_offload)
+        pipe.__class__ = _subclass(type(pipe), namespace)
 
     def _wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -38,6 +48,28 @@ class CfgParallel:
                 return self._generate(functools.partial(call, pipe), args, kwargs)
 
         return __call__
+
+    def _wrap_offload(self, enable: Callable[..., Any]) -> Callable[..., Any]:
+        """The pipeline calls this too, after each generation."""
+
+        @functools.wraps(enable)
+        def enable_model_cpu_offload(pipe: Any, gpu_id: int | None = None, device: Any = None) -> None:
+            asked = None if device is None else torch.device(device)
+            index = gpu_id if asked is None or asked.index is None else asked.index
+            if (asked is not None and asked.type != self._device.type) or index not in (None, self._device.index or 0):
+                raise ConfigurationError(
+                    f"An enabled pipeline offloads to the GPU of its denoiser, {self._device}, not to "
+                    f"{device or f'cuda:{gpu_id}'}; call disable_cfg_parallel(pipe) first."
+                )
+            with self._lock:
+                for name in self._names:
+                    refuse_group_offload(name, getattr(pipe, name))
+                self._offload_others(pipe)
+
+        return enable_model_cpu_offload
+
+    def _offload_others(self, pipe: Any) -> None:
+        self._placeholders = offload_others(pipe, self._class, self._names, self._device)
 
     def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError

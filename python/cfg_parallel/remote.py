@@ -92,6 +92,7 @@ class RemoteFollower:
         self.process: subprocess.Popen[bytes] | None = None
         self.link = Link(conn, leader_device)
         self.sent = Sent()
+        self.gpu = ""  # its name, once it is up
         self.lost: str | None = None
         self.replica = (0, 0.0)
         self._died = False  # with a receive under way in NCCL, whose result is garbage

@@ -13,6 +13,7 @@ from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special,
 from cfg_parallel.compiling import find_compiled, unwrap
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
+from cfg_parallel.offload import FIRST_FORWARD_HOOKS, follow, group_offload, hooks_of, restless
 from cfg_parallel.preparation import Prepare, apply_to_replica, encode
 
 _CHUNK = 256 << 20  # bytes of weights in one message
@@ -37,13 +38,14 @@ def send_replica(
 
 def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
     """What a replica would get wrong without anybody noticing."""
+    config = group_offload(module)
+    if config is not None and config.offload_to_disk_path is not None:
+        raise ConfigurationError(
+            f"The denoiser {name!r} is offloaded to disk, so there are no weights to replicate; leave "
+            "offload_to_disk_path out of enable_group_offload."
+        )
     for sub in module.modules():
-        for hook_name, hook in _hooks(sub).items():
-            if hook_name.startswith("group_offloading"):
-                raise ConfigurationError(
-                    f"The denoiser {name!r} is under group offload, which cfg-parallel does not support yet; leave "
-                    "enable_group_offload out and move the pipeline with pipe.to('cuda')."
-                )
+        for hook_name, hook in hooks_of(sub).items():
             if hook._is_stateful:
                 raise ConfigurationError(
                     f"The denoiser {name!r} has a cache ({hook_name}), which cfg-parallel does not support yet: "
@@ -51,15 +53,15 @@ def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
                 )
 
 
-def _hooks(module: torch.nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers has put on one module (caches, offload, casting)."""
-    registry = module.__dict__.get("_diffusers_hook")
-    return registry.hooks if registry is not None else {}
-
-
 def _expect(header: dict[str, Any], kind: str) -> None:
     if header["kind"] == "error":
-        raise CfgParallelError(f"The follower could not build the denoiser: {header['message']}")
+        message = header["message"]
+        if "OutOfMemoryError" in message:
+            raise ConfigurationError(
+                f"The denoiser does not fit on the follower's GPU ({message}); load it quantized, or use "
+                "enable_layerwise_casting(...) or enable_group_offload(...) on it."
+            )
+        raise CfgParallelError(f"The follower could not build the denoiser: {message}")
     if header["kind"] != kind:
         raise CfgParallelError(f"Expected a message of kind {kind!r} from the follower, but got {header['kind']!r}.")
 
@@ -86,6 +88,8 @@ def receive_replica(
             link.pull_into(weights, [tensors[i] for i in chunk])
         link.send({"kind": "stored"})
     module = decode(header["body"], tensors) if into is None else into
+    if into is None:
+        follow(module, link.device)
     apply_to_replica(header["preparation"], module)
     _wait_for(link.device)
     link.send({"kind": "ready"})
@@ -114,27 +118,32 @@ def _chunks(specs: Sequence[TensorSpec]) -> Iterator[list[int]]:
 def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     """Changes when weights, buffers, submodules, hooks or plain settings (a LoRA's scale, say) of `module` change.
 
-    Compared once a generation; reads no tensor value: a tensor is its identity and its version counter."""
+    Compared once a generation; reads no tensor value: a tensor is its identity, its version counter and its memory. The
+    memory does not count where a hook leaves the weights in another place after each forward."""
+    moving = restless(module)
     parts: list[Any] = []
     add = parts.append
     for path, sub in module.named_modules():
         add(path)
         add(type(sub))
-        parts += _hooks(sub)
+        parts += (name for name in hooks_of(sub) if name not in FIRST_FORWARD_HOOKS)
+        moves = id(sub) in moving
+        describe, without = (_moving_tensor, _NOT_HOOKED) if moves else (_tensor, _NOT_SETTINGS)
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
-                    parts += (key, *_tensor(tensor))
+                    parts += (key, *describe(tensor))
         for key, value in sub.__dict__.items():
             if type(value) in _SCALARS:
                 parts += (key, value)
-            elif key not in _NOT_SETTINGS and (type(value) not in _CONTAINERS or value):  # most are empty hook dicts
+            elif key not in without and (type(value) not in _CONTAINERS or value):  # most are empty hook dicts
                 parts += (key, _setting(value))
     return tuple(parts)
 
 
 # `_diffusers_hook` holds per-generation state; the hooks that it runs are functions replaced in `forward`.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
+_NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
 
 
 _SCALARS = frozenset([bool, int, float, str, type(None)])
@@ -152,7 +161,7 @@ class Watch:
             (sub.__dict__, key)
             for sub in module.modules()
             for key, value in sub.__dict__.items()
-            if key not in _NOT_SETTINGS and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
+            if key not in _NOT_HOOKED and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
         ]
         self._seen = self._look()
 
@@ -170,6 +179,16 @@ def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
         kind, parts, context, *_ = take_apart(tensor)
         return id(kind), *(item for part in parts.values() for item in _tensor(part)[1:]), _setting(context)
     return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype
+
+
+def _moving_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """`.to()`, which brings it to a forward and back, gives a parameter other memory, and replaces a buffer."""
+    identity = id(tensor) if isinstance(tensor, torch.nn.Parameter) else None
+    version = -1 if tensor.is_inference() else tensor._version
+    if is_special(tensor):
+        kind, parts, context, *_ = take_apart(tensor)
+        return identity, version, id(kind), *(part.dtype for part in parts.values()), _setting(context)
+    return identity, version, tensor.shape, tensor.dtype
 
 
 def _setting(value: Any) -> Any:

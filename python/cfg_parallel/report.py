@@ -15,6 +15,8 @@ class Report:
     `follower_wait_ms` the time between a follower's forwards, `launch_wait_ms` the time in which the leader's host
     waited for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards.
 
+    `gpus` are the devices' names, and empty when they have none.
+
     `fused` and `replayed` tell what became of the predictions of the steps with guidance: combined by fused kernels
     (rule and backend -> steps), or op by op as PyTorch does it (reason -> steps).
 
@@ -25,6 +27,7 @@ class Report:
     devices: list[str]
     transport: str
     transport_reason: str
+    gpus: list[str] = field(default_factory=list)
     seconds: float = 0.0
     steps: int = 0
     guided_steps: int = 0
@@ -64,17 +67,14 @@ class Report:
             return f"no speed-up for part of the run: {self.lost[0]}"
         if self.parallel_steps:
             ran = f"in {self.parallel_steps} of {self.steps} steps the passes ran on {len(self.devices)} devices"
-            ratio = self._imbalance()
-            slow = "follower" if (self.follower_forward_ms or 0) > (self.leader_forward_ms or 0) else "leader"
-            if slow == "follower" and ratio > 2:
-                return f"no speed-up: {ran}, but a forward takes {ratio:.1f} times as long on the follower as here."
-            there, here = self.follower_busy_ms / 1e3, self.leader_busy_ms / 1e3
-            sentence = f"in parallel: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here"
-            if ratio > 1.15:
-                sentence += (
-                    f"; a forward takes {ratio:.2f} times as long on the {slow}, and the other side waits for it"
+            slow, fast = self._slower()
+            if slow == "follower" and self._imbalance() > 2:
+                return (
+                    f"no speed-up: {ran}, but a forward takes {self._imbalance():.1f} times as long on the "
+                    f"{self._named(slow)} as on the {self._named(fast)}."
                 )
-            return sentence + "."
+            there, here = self.follower_busy_ms / 1e3, self.leader_busy_ms / 1e3
+            return f"in parallel: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here{self._cost()}."
         if self.guided_steps == 0:
             return f"no speed-up: guidance was off in {self.steps} of {self.steps} steps{self._guidance_hint()}."
         reason = next(iter(self.notes), "no second pass could run elsewhere")
@@ -83,6 +83,35 @@ class Report:
     def _imbalance(self) -> float:
         a, b = self.leader_forward_ms, self.follower_forward_ms
         return max(a, b) / min(a, b) if a and b else 1.0
+
+    def _slower(self) -> tuple[str, str]:
+        """The slower side, and the other."""
+        follower_is = (self.follower_forward_ms or 0) > (self.leader_forward_ms or 0)
+        return ("follower", "leader") if follower_is else ("leader", "follower")
+
+    def _named(self, side: str) -> str:
+        gpus = {"leader": self.gpus[:1], "follower": self.gpus[1:2]}
+        return f"{side} ({gpus[side][0]})" if len(set(self.gpus)) > 1 else side
+
+    def _cost(self) -> str:
+        """What a difference in speed costs in a step, and what the speed-up could be."""
+        here, there = self.leader_forward_ms, self.follower_forward_ms
+        if not here or not there or self._imbalance() <= 1.15:
+            return ""
+        followers = len(self.devices) - 1
+        shipped = max(1, round(self.calls_shipped / self.parallel_steps / followers))  # in a step, to each
+        local = max(1, round(self.calls_local / self.steps))
+        step, even = max(here * local, there * shipped), min(here, there) * max(local, shipped)
+        if step <= even:  # the slower side had less to do
+            return ""
+        forwards = local + shipped * followers
+        slow, fast = self._slower()
+        return (
+            f"; a forward takes {self._imbalance():.2f} times as long on the {self._named(slow)} as on the "
+            f"{self._named(fast)}, which waits {step - even:.0f} ms a step for it: the forwards of a step are "
+            f"{forwards * min(here, there) / step:.2f} times as fast as on the faster device alone, where equal ones "
+            f"would make it {forwards * min(here, there) / even:.2f}"
+        )
 
     def _guidance_hint(self) -> str:
         if not self.guidance:

@@ -94,6 +94,8 @@ def run(pipe: Any, arguments: dict[str, Any]) -> list[np.ndarray]:
 
 
 def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    if len(a) != len(b):
+        return False
     return len(a) == len(b) and all(
         x.shape == y.shape and np.array_equal(x, y, equal_nan=False) for x, y in zip(a, b, strict=True)
     )
