@@ -320,6 +320,60 @@ def test_a_long_recording_takes_no_quadratic_time(fusion: Fusion) -> None:
     assert time.monotonic() - start < 20
 
 
+@pytest.fixture
+def launches(fusion: Fusion) -> list[int]:
+    """How many outputs each launch of a program had."""
+    counts: list[int] = []
+
+    def execute(program: Any, inputs: Any, scalars: Any, outputs: Any, *arriving: Any) -> None:
+        counts.append(len(outputs))
+        interpret(program, inputs, scalars, outputs, *arriving)
+
+    fusion.execute = execute
+    return counts
+
+
+def test_of_what_led_to_a_history_nothing_else_is_stored(fusion: Fusion, launches: list[int]) -> None:
+    """A multi-step scheduler: what the last step predicted is read again, but not what that was computed from."""
+    history: Any = [torch.zeros(2, 4, 8), torch.zeros(2, 4, 8)]
+    for i in range(8):
+        p, n, sample = predictions(3, seed=i)
+        denoised = [sample - 0.3 * (b + 4.0 * (a - b)) for a, b in [(pend(p), pend(n)), (p, n)]]
+        latents = [sample * 0.9 + (x0 * 1.5 - last * 0.5) for x0, last in zip(denoised, history, strict=True)]
+        launches.clear()
+        assert torch.equal(settle(latents[0]), latents[1])
+        history = denoised
+    assert launches == [2]
+
+
+def test_a_stack_of_one_is_a_view(fusion: Fusion, launches: list[int]) -> None:
+    def update(p: Any, n: Any, dim: int) -> Any:
+        differences = torch.stack([(p - n) / 3.0], dim=dim)
+        rho = torch.tensor([0.7])
+        return n - 0.5 * torch.einsum("k,bkc...->bc...", rho, differences if dim == 1 else differences.mT)
+
+    p, n = predictions(2, (1, 1, 8))
+    for _ in range(3):
+        for dim in (1, -2):
+            launches.clear()
+            assert torch.equal(settle(update(pend(p), pend(n), dim)), update(p, n, dim))
+    assert launches == [1]
+
+
+def test_coefficients_in_device_memory_are_no_more_than_numbers(fusion: Fusion, launches: list[int]) -> None:
+    p, n, *coefficients = [*predictions(2), *torch.linspace(0.1, 2.0, 20).split(1)]
+
+    def weigh(p: Any, n: Any) -> Any:
+        for coefficient in coefficients:
+            p = p * coefficient - n
+        return p
+
+    for _ in range(2):
+        launches.clear()
+        assert torch.equal(settle(weigh(pend(p), pend(n))), weigh(p, n))
+    assert launches == [1]
+
+
 # The guiders of Modular Diffusers
 
 

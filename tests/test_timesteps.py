@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cfg_parallel
+from cfg_parallel.coefficients import Coefficients
 from cfg_parallel.patch import scheduler_view
 from cfg_parallel.timesteps import HostKnown, know, plain
 from tiny import TINY, generate
@@ -53,6 +54,9 @@ READS: dict[str, Callable[[Any], Any]] = {
     "position": lambda t: int((t == 20).nonzero()),
     "ddpm": lambda t: t[(t == 20).nonzero(as_tuple=True)[0][0] + 1].item(),
     "to host": lambda t: t.cpu().tolist(),
+    "to where it is": lambda t: t[1].to(t.device).item(),
+    "fraction": lambda t: TABLE[torch.floor(0.7 * t[1]).to(dtype=torch.long)].item(),
+    "size": lambda t: (t[0] - t[1]).abs().item(),
 }
 
 
@@ -127,12 +131,12 @@ def test_schedulers_give_the_same_bits(name: str) -> None:
         return sample
 
     plainly, viewed = (getattr(diffusers, name)() for _ in range(2))
-    assert torch.equal(run(plainly), run(scheduler_view(viewed, any_device=True)))
+    assert torch.equal(run(plainly), run(scheduler_view(viewed, Coefficients("cuda"), any_device=True)))
 
 
 def test_a_view_is_the_scheduler() -> None:
     scheduler = diffusers.DDIMScheduler()
-    view: Any = scheduler_view(scheduler, any_device=True)
+    view: Any = scheduler_view(scheduler, Coefficients("cuda"), any_device=True)
     assert isinstance(view, diffusers.DDIMScheduler)
     assert type(view).__name__ == "DDIMScheduler"
     assert "timesteps" not in inspect.signature(view.set_timesteps).parameters
@@ -147,7 +151,7 @@ def test_a_view_is_the_scheduler() -> None:
 @pytest.mark.parametrize("made", ["of the object", "of its class", "not"])
 def test_copies_of_a_view_are_schedulers(copied: Callable[[Any], Any], made: str) -> None:
     original = diffusers.DDIMScheduler()
-    view: Any = scheduler_view(original, any_device=True)
+    view: Any = scheduler_view(original, Coefficients("cuda"), any_device=True)
     if made == "of the object":
         view = view.from_config(view.config, timestep_spacing="trailing")
     elif made == "of its class":
@@ -190,19 +194,3 @@ def test_an_enabled_pipeline_has_a_view_of_its_scheduler() -> None:
         assert pipe.scheduler is not another
         assert another.num_inference_steps == 2
     assert pipe.scheduler is another
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "DDPMScheduler"])
-def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
-    view: Any = scheduler_view(getattr(diffusers, name)())
-    view.set_timesteps(8, device="cuda")
-    sample, prediction = torch.randn(2, 1, 4, 8, 8, device="cuda")
-    before = torch.cuda.get_sync_debug_mode()
-    for i, t in enumerate(view.timesteps):
-        if i == 2:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            sample = view.step(prediction, t, sample).prev_sample
-        finally:
-            torch.cuda.set_sync_debug_mode(before)

@@ -66,8 +66,9 @@ def vector_width(program: Program) -> int:
     """Elements that a thread can take at once when the tensors' addresses allow it; 1 for one by one."""
     where = layout(program)
     wide = all(operand.dtype is torch.float32 for operand in (*program.inputs, *program.outputs))
-    width = VEC // 2 if (wide or len(program.inputs) > _FEW_INPUTS) and not program.has_norm else VEC
-    outputs = where.strides[len(program.inputs) :]
+    inputs, outputs = where.strides[: len(program.inputs)], where.strides[len(program.inputs) :]
+    many = sum(any(strides) for strides in inputs) > _FEW_INPUTS  # a single element is no vector
+    width = VEC // 2 if (wide or many) and not program.has_norm else VEC
     if len(where.sizes) > 1 and where.sizes[0] % width:
         return 1  # with one dimension what is left over goes one by one; with more every row would have a rest
     for strides in where.strides:

@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from cfg_parallel import spmd
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
+from cfg_parallel.coefficients import Coefficients
 from cfg_parallel.compiling import CompileClock, CompileMode, compile_as, is_compiled, unwrap
 from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
@@ -169,6 +170,7 @@ class Leading(CfgParallel):
         self._timeout = follower_timeout
         self._denoisers = {name: Denoiser(name, module) for name, module in modules.items()}
         self._leader = Leader(devices[0], remotes, numerics == "exact", cuda_graphs)
+        self._coefficients = Coefficients("cuda")
         self._close = weakref.finalize(pipe, _close_all, remotes, os.getpid())
         self._report: Report | None = None
         self._generation: Generation | None = None
@@ -200,15 +202,15 @@ class Leading(CfgParallel):
         self._view_scheduler(pipe)
 
     def _view_scheduler(self, pipe: Any) -> None:
-        """Its timesteps are known on the host, so that no step waits for the one before; also of a new scheduler."""
+        """So that no step waits for the one before; also of a new scheduler."""
         scheduler = original_scheduler(pipe.__dict__.get("scheduler"))
-        if not hasattr(type(scheduler), "set_timesteps"):
+        if not (hasattr(type(scheduler), "set_timesteps") and hasattr(type(scheduler), "step")):
             return
         denoisers = [denoiser.module for denoiser in self._denoisers.values()]
         others = [m for m in pipe.__dict__.values() if isinstance(m, torch.nn.Module) and m not in denoisers]
         # The compiler does not take such timesteps, and a compiled ControlNet is given them.
         known = not any(map(is_compiled, others))
-        pipe.__dict__["scheduler"] = scheduler_view(scheduler) if known else scheduler
+        pipe.__dict__["scheduler"] = scheduler_view(scheduler, self._coefficients) if known else scheduler
 
     def _connect(self, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:

@@ -41,6 +41,8 @@ from cfg_parallel.recording import Node, Ref, ancestors, check_versions, recordi
 from cfg_parallel.rules import name_of
 from cfg_parallel.transports.peer import Arrival
 
+aten = torch.ops.aten
+
 _PLAN_LIMIT = 1024
 _MOST_OPS = 256  # a plan takes time that grows faster than its ops
 CHECKED = "the fused kernels were compared with it, once for each kind of step"
@@ -129,8 +131,8 @@ class Fusion:
         if self.execute is None:
             replay(nodes)
             return self.backend
-        for node in nodes:
-            if node.left_by is not None:  # left out, and asked for now: what is computed likewise is stored from now on
+        for node in _asked_for(nodes):
+            if node.left_by is not None:  # left out before: what is computed likewise is stored from now on
                 self._wanted.add(node.left_by)
                 replay(ancestors(node))
         nodes = [node for node in nodes if node.values is None]
@@ -267,6 +269,12 @@ class Fusion:
         return Plan([], [], label, unfit=unfit)
 
 
+def _asked_for(nodes: Sequence[Node]) -> list[Node]:
+    """The last one, and what those read that no evaluation has left out. What was left out needs others to be replayed,
+    but that is no reason to store them."""
+    return [*(ref.node for node in nodes if node.left_by is None for ref in node.operands()), *nodes[-1:]]
+
+
 class _Recorded:
     """A recording taken apart: its structure, which other recordings share, and its tensors and numbers."""
 
@@ -309,7 +317,10 @@ class _Recorded:
         kwargs = {name: self._operand(value, False) for name, value in node.kwargs.items()}
         self._note(tuple(kwargs))
         shape, strides, dtype = node.specs[0] if node.specs else ((), (), torch.uint8)
-        return Step(node.op, args, kwargs, shape, strides, dtype, node.device == self.device)
+        op = node.op
+        if op is aten.stack.default and len(args[0]) == 1:  # in a program, where nothing is copied
+            op, args = aten.unsqueeze.default, (args[0][0], *(args[1:] or (kwargs.pop("dim", 0),)))
+        return Step(op, args, kwargs, shape, strides, dtype, node.device == self.device)
 
     def _operand(self, obj: Any, may_be_number: bool) -> Any:
         if isinstance(obj, Ref):

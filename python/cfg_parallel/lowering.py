@@ -423,7 +423,8 @@ class Lowering:
             raise Unfusable("no tensor is read")
         number = {value: i for i, value in enumerate([*inputs, *instructions])}
         scalars = list(dict.fromkeys(x for i in instructions for x in self.values[i].operands if type(x) is not int))
-        counts = [len(inputs), len(outputs), len(instructions), len(scalars)]
+        whole = [i for i in inputs if any(self.values[i].operand.strides)]  # type: ignore[union-attr]
+        counts = [len(whole), len(outputs), len(instructions), len(scalars) + len(inputs) - len(whole)]
         if any(count > limit for count, limit in zip(counts, _LIMITS, strict=True)):
             raise Unfusable("{} inputs, {} outputs, {} ops or {} numbers are too many".format(*counts))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfg_parallel.calls import Denoiser
+from cfg_parallel.coefficients import Coefficients
 from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.leader import Leader
 from cfg_parallel.offload import Placeholder, is_offloaded, offload_others, refuse_group_offload
@@ -150,23 +151,33 @@ def original_scheduler(scheduler: Any) -> Any:
     return scheduler
 
 
-def scheduler_view(scheduler: Any, any_device: bool = False) -> Any:
-    """The scheduler seen through another class, whose `set_timesteps` leaves timesteps on a GPU that the host knows."""
+def scheduler_view(scheduler: Any, coefficients: Coefficients, any_device: bool = False) -> Any:
+    """The scheduler seen through another class: the host knows what its `set_timesteps` leaves on a GPU, and its `step`
+    does not compute again what it has computed before."""
 
-    original = type(scheduler).set_timesteps
+    original_set_timesteps, original_step = type(scheduler).set_timesteps, type(scheduler).step
 
-    @functools.wraps(original)
+    @functools.wraps(original_set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        timesteps = self.__dict__.get("timesteps")
-        if isinstance(timesteps, torch.Tensor) and (any_device or timesteps.is_cuda):
-            self.timesteps = know(timesteps)
+        result = original_set_timesteps(self, *args, **kwargs)
+        coefficients.begin()
+        for name in ("timesteps", "sigmas"):
+            schedule = self.__dict__.get(name)
+            if isinstance(schedule, torch.Tensor) and (any_device or schedule.is_cuda):
+                setattr(self, name, know(schedule))
         return result
+
+    @functools.wraps(original_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # computes nothing to keep
+        with coefficients if coefficients.are_needed and not capturing else contextlib.nullcontext():
+            return original_step(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return _plain_scheduler, (type(scheduler), dict(self.__dict__))
 
-    namespace = {"set_timesteps": set_timesteps, "__reduce_ex__": __reduce_ex__, "_cfg_parallel_scheduler": scheduler}
+    namespace = {"set_timesteps": set_timesteps, "step": step, "__reduce_ex__": __reduce_ex__}
+    namespace["_cfg_parallel_scheduler"] = scheduler
     cls = _subclass(type(scheduler), namespace)
     view: Any = object.__new__(cls)
     object.__setattr__(view, "__dict__", scheduler.__dict__)

@@ -14,7 +14,7 @@ import torch
 # Results of these are known too, if all tensors that they are computed from are. On CPUs and GPUs they are the same.
 _TWINS = {
     *("__getitem__", "unbind", "select", "expand", "view", "reshape", "flatten", "squeeze", "unsqueeze"),
-    *("clone", "detach", "long", "int"),
+    *("clone", "detach", "long", "int", "abs", "floor"),
     *("__add__", "add", "__radd__", "__sub__", "sub", "__rsub__", "rsub", "__mul__", "mul", "__rmul__", "__neg__"),
     *("__eq__", "eq", "__ne__", "ne", "__lt__", "lt", "__le__", "le", "__gt__", "gt", "__ge__", "ge"),
 }
@@ -35,7 +35,7 @@ class HostKnown(torch.Tensor):
     @staticmethod
     def __new__(cls, real: torch.Tensor, host: torch.Tensor) -> HostKnown:
         self = torch.Tensor._make_subclass(cls, real)
-        self._real, self._host, self._seen = real, host, _version(real)
+        self._real, self._host, self._seen = real, host, version(real)
         return self
 
     @classmethod
@@ -54,6 +54,8 @@ class HostKnown(torch.Tensor):
             hosts = func(subject._host, *args[1:], **kwargs)
             return know_all(hosts, subject.device)
         result = func(*_map(args, plain), **_map(kwargs, plain))
+        if name == "to" and isinstance(subject, HostKnown) and _is_known(subject) and result.device == subject.device:
+            return subject if result is subject._real else HostKnown(result, subject._host.to(result.dtype))
         if name in _TWINS and all(_is_known(obj) for obj in _flat((args, kwargs))):
             hosts = func(*_map(args, HostKnown._read), **_map(kwargs, HostKnown._read))
             if isinstance(result, torch.Tensor):
@@ -62,7 +64,7 @@ class HostKnown(torch.Tensor):
         return result
 
     def _is_current(self) -> bool:
-        return _version(self._real) == self._seen
+        return version(self._real) == self._seen
 
     def _read(self) -> torch.Tensor:
         return self._host if self._is_current() else self._real
@@ -87,7 +89,7 @@ def know(timesteps: torch.Tensor) -> torch.Tensor:
     return HostKnown(plain(timesteps), plain(timesteps).cpu().clone())
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
