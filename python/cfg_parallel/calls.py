@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from cfg_parallel import caches
+from cfg_parallel.caches import Cache
 from cfg_parallel.codec import Rows, UnshippableError, encode_plain, map_tensors, signature, tensors_in
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class Denoiser:
     name: str
     module: torch.nn.Module
     context: tuple[str, dict[str, Any]] | None = None
+    cache: Cache | None = None
 
 
 @dataclass(slots=True)
@@ -59,6 +62,7 @@ class Call:
         """The denoiser's output, on this device. Its context may have been left since, so it is entered again."""
         with contextlib.ExitStack() as stack:
             if self.context is not None and self.context is not self.denoiser.context:
+                stack.enter_context(caches.same_context(self.denoiser.module))
                 stack.enter_context(self.denoiser.module.cache_context(self.context[0], **self.context[1]))  # type: ignore[operator]
             now = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
             if self.autocast != now:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cfg_parallel import spmd
+from cfg_parallel.caches import Cache, reset
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
 from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
@@ -206,6 +207,10 @@ class Leading(CfgParallel):
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
         self._watches[denoiser.name] = Watch(denoiser.module)
         self._leader.forget(denoiser.name)
+        cache = Cache.of(denoiser.module)
+        if cache != denoiser.cache:
+            denoiser.cache = cache
+            self._leader.reset(denoiser)
 
     def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._leader.generation is not None:  # a pipeline that calls itself, or a callback that does
@@ -218,6 +223,9 @@ class Leading(CfgParallel):
             self._refresh()
             self._report, self._generation, self._guidance = None, None, {}
             self._leader.begin()
+            for denoiser in self._denoisers.values():  # a generation that failed has left something in its caches
+                reset(denoiser.module)
+                self._leader.reset(denoiser)
             output = call(*args, **kwargs)
             if any(isinstance(tensor, PendingPrediction) for tensor in tensors_in(output)):
                 output = map_tensors(output, settle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 import weakref
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
         return leader.dispatch(denoiser, args, kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return module.__reduce_ex__(protocol)
+        return operator.getitem, ([module], 0)  # the module, also where it is being pickled already
 
     namespace: dict[str, Any] = {
         "__call__": __call__,
@@ -97,6 +98,13 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
                 denoiser.context = outer
 
         namespace["cache_context"] = cache_context
+    if hasattr(type(module), "_reset_stateful_cache"):
+
+        def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+            module._reset_stateful_cache(*args, **kwargs)  # type: ignore[operator]
+            leader.reset(denoiser)
+
+        namespace["_reset_stateful_cache"] = _reset_stateful_cache
     cls = _subclass(type(module), namespace)
     view: torch.nn.Module = object.__new__(cls)
     object.__setattr__(view, "__dict__", module.__dict__)

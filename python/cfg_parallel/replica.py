@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from cfg_parallel import caches
+from cfg_parallel.caches import hooks_of
 from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
+from cfg_parallel.numerics import load_attention_kernels
 
 _CHUNK = 256 << 20  # bytes of weights in one message
 
@@ -19,9 +22,10 @@ _CHUNK = 256 << 20  # bytes of weights in one message
 def send_replica(link: Link, name: str, module: torch.nn.Module, timeout: float) -> None:
     """Give the follower at the other end of `link` a copy of `module`, named `name`."""
     _refuse_unsupported(name, module)
-    body, tensors = encode_structure(module)
+    with caches.empty(module):
+        body, tensors = encode_structure(module)
     specs = [TensorSpec.of(tensor, link.device) for tensor in tensors]
-    link.send({"kind": "denoiser", "name": name, "body": body, "weights": specs})
+    link.send({"kind": "denoiser", "name": name, "body": body, "weights": specs, "cache": _cache(module)})
     _expect(link.read(timeout), "allocated")  # weights that nobody receives would hold up this process for ever
     for chunk in _chunks(specs):
         link.send({"kind": "weights"}, [tensors[i] for i in chunk])
@@ -38,23 +42,17 @@ def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
                 f"The denoiser {name!r} is compiled (torch.compile), which cfg-parallel does not support yet: its "
                 "replica would round otherwise; load it without compiling."
             )
-        for hook_name, hook in _hooks(sub).items():
+        for hook_name in hooks_of(sub):
             if hook_name.startswith("group_offloading"):
                 raise ConfigurationError(
                     f"The denoiser {name!r} is under group offload, which cfg-parallel does not support yet; leave "
                     "enable_group_offload out and move the pipeline with pipe.to('cuda')."
                 )
-            if hook._is_stateful:
-                raise ConfigurationError(
-                    f"The denoiser {name!r} has a cache ({hook_name}), which cfg-parallel does not support yet: "
-                    "its state would be split between processes; call disable_cache() on it."
-                )
 
 
-def _hooks(module: torch.nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers has put on one module (caches, offload, casting)."""
-    registry = module.__dict__.get("_diffusers_hook")
-    return registry.hooks if registry is not None else {}
+def _cache(module: torch.nn.Module) -> str:
+    """The configuration of its cache, in words."""
+    return repr(getattr(module, "_cache_config", None))
 
 
 def _expect(header: dict[str, Any], kind: str) -> None:
@@ -72,7 +70,13 @@ def receive_replica(
     if into is None:
         tensors: list[torch.Tensor] = [spec.empty(link.device) for spec in specs]
     else:
-        tensors = encode_structure(into)[1]
+        if _cache(into) != header["cache"]:
+            raise ValueError(
+                f"Expected denoiser {header['name']!r} to have the same cache on every rank, but rank 0 has "
+                f"{header['cache']} and this rank has {_cache(into)}; call enable_cache or disable_cache on all ranks."
+            )
+        with caches.empty(into):
+            tensors = encode_structure(into)[1]
         own = [TensorSpec.of(tensor, link.device) for tensor in tensors]
         if own != list(specs):
             raise ValueError(
@@ -86,6 +90,7 @@ def receive_replica(
             link.pull_into(weights, [tensors[i] for i in chunk])
         link.send({"kind": "stored"})
     module = decode(header["body"], tensors) if into is None else into
+    load_attention_kernels(module)
     _wait_for(link.device)
     link.send({"kind": "ready"})
     return module
@@ -119,7 +124,8 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     for path, sub in module.named_modules():
         add(path)
         add(type(sub))
-        parts += _hooks(sub)
+        for name, hook in hooks_of(sub).items():
+            parts += (name, *_hook(hook))
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
@@ -132,7 +138,7 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-# `_diffusers_hook` holds per-generation state; the hooks that it runs are functions replaced in `forward`.
+# `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
 
 
@@ -153,6 +159,7 @@ class Watch:
             for key, value in sub.__dict__.items()
             if key not in _NOT_SETTINGS and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
         ]
+        self._settings.append((module.__dict__, "_cache_config"))  # there only while a cache is enabled
         self._seen = self._look()
 
     def changed(self) -> bool:
@@ -161,6 +168,13 @@ class Watch:
     def _look(self) -> tuple[list[int], list[Any]]:
         versions = [tensor._version for tensor in self._tensors]
         return versions, [_setting(holder.get(key)) for holder, key in self._settings]
+
+
+def _hook(hook: Any) -> tuple[Any, ...]:
+    """A hook's settings without its state: a cache of another configuration may get the address of the one before."""
+    plain = {key: value for key, value in vars(hook).items() if type(value) in _SCALARS or type(value) is tuple}
+    config = vars(hook).get("config")
+    return id(hook), _setting(plain), _setting(getattr(config, "__dict__", config))
 
 
 def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
