@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import operator
 import threading
@@ -80,9 +81,13 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return operator.getitem, ([module], 0)  # the module, also where it is being pickled already
 
+    def __copy__(self: Any) -> Any:
+        return copy.copy(module)
+
     namespace: dict[str, Any] = {
         "__call__": __call__,
         "__reduce_ex__": __reduce_ex__,
+        "__copy__": __copy__,
         "_cfg_parallel_denoiser": denoiser,
     }
     if hasattr(type(module), "cache_context"):
