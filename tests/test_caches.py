@@ -24,6 +24,8 @@ import cfg_parallel
 import tiny_models
 from cfg_parallel import FollowerLostError
 from cfg_parallel.caches import Cache
+from cfg_parallel.calls import Call, Denoiser
+from cfg_parallel.remote import RemoteCall, RemoteCallError
 from cfg_parallel.replica import fingerprint
 from tiny import TINY, generate, randomize
 
@@ -232,9 +234,10 @@ def test_a_generation_that_failed_leaves_no_state(live: tuple[Loop, Any], plain:
         if step == 3:
             raise RuntimeError("on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        pipe(callback=fail)
-    assert torch.equal(pipe(), plain())
+    with other_cache(pipe, plain, make=mag):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            pipe(callback=fail)
+        assert torch.equal(pipe(), plain())
 
 
 def reset(pipe: Any, step: int) -> None:
@@ -271,6 +274,20 @@ def test_what_a_callback_does(live: tuple[Loop, Any], plain: Loop, callback: Any
     assert torch.equal(pipe(), plain())
 
 
+def test_a_callback_that_enables_a_cache(live: tuple[Loop, Any], plain: Loop) -> None:
+    def enable(pipe: Any, step: int) -> None:
+        if step == 2:
+            pipe.transformer.enable_cache(first_block(SKIPS))
+
+    pipe, handle = live
+    images = []
+    for each in (pipe, plain):
+        each.transformer.disable_cache()
+        images.append(each(callback=enable))
+    assert torch.equal(*images)
+    assert handle.report.parallel_steps == STEPS
+
+
 def kill(pipe: Any) -> None:
     (remote,) = type(pipe)._cfg_parallel._leader.remotes
     remote.process.kill()
@@ -300,10 +317,29 @@ def test_a_follower_that_is_lost_before_it_has_a_state(
     assert handle.report.parallel_steps == STEPS
 
 
-def test_gradients_under_way(live: tuple[Loop, Any]) -> None:
+def test_a_last_prediction_that_is_lost(live: tuple[Loop, Any], plain: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for when the pipeline has emptied its caches already."""
+    pipe, _ = live
+
+    def fail(call: RemoteCall) -> Any:
+        raise RemoteCallError("out of memory")
+
+    with pytest.raises(FollowerLostError, match=r"out of memory The cache of the branch 'cond' is there"):
+        pipe(callback=lambda pipe, step: monkeypatch.setattr(RemoteCall, "wait", fail) if step == STEPS - 1 else None)
+    monkeypatch.undo()
+    assert torch.equal(pipe(), plain())
+
+
+def test_gradients_under_way(live: tuple[Loop, Any], plain: Loop) -> None:
     pipe, _ = live
     with pytest.raises(FollowerLostError, match=r"Gradients are enabled.*'cond'"):
         pipe(callback=lambda pipe, step: torch.set_grad_enabled(True) if step == 2 else None)
+
+    def begin_with_gradients(pipe: Any, step: int) -> None:
+        pipe.transformer._reset_stateful_cache()
+        torch.set_grad_enabled(step == 1)
+
+    assert torch.equal(pipe(callback=begin_with_gradients).detach(), plain(callback=begin_with_gradients).detach())
 
 
 def test_passes_without_a_context(live: tuple[Loop, Any], plain: Loop) -> None:
@@ -330,6 +366,17 @@ def test_a_cache_without_contexts(live: tuple[Loop, Any], plain: Loop) -> None:
         assert handle.report.calls_shipped == 0
         assert "PyramidAttentionBroadcast keeps one state for all passes" in handle.report.why
         assert "disable_cache()" in handle.report.why
+
+
+def test_a_call_that_is_run_again_in_another_context() -> None:
+    transformer = loop(first_block()).transformer
+    inputs = torch.ones(1, 16, 1, 4, 4), torch.ones(1), torch.ones(1, 4, 32)
+    denoiser = Denoiser("transformer", transformer, ("uncond", {}))
+    call = Call(denoiser, inputs, {}, ("cond", {}), None)
+    with torch.no_grad(), transformer.cache_context("uncond"):
+        expected = transformer(*inputs).sample
+        assert torch.equal(call.run(torch.device("cpu")).sample, expected)
+        torch.testing.assert_close(transformer(*inputs).sample, expected)  # from the cache, so rounded otherwise
 
 
 # What has a cache, and which.

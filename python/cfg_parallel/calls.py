@@ -29,6 +29,15 @@ class Denoiser:
 
 
 @dataclass(slots=True)
+class Branch:
+    """Of a denoiser with a cache: what a call needs of the calls before is where they ran, so it is where all run."""
+
+    key: tuple[str, str]  # denoiser and context
+    follower: int | None  # None: the leader
+    calls: int = 0
+
+
+@dataclass(slots=True)
 class Call:
     """One forward of a denoiser. `args` and `kwargs` hold settled tensors."""
 
@@ -37,6 +46,7 @@ class Call:
     kwargs: dict[str, Any]
     context: tuple[str, dict[str, Any]] | None
     autocast: torch.dtype | None
+    branch: Branch | None = None
     is_part: bool = False  # some tensors are `Rows`
     _versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
 

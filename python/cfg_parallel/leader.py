@@ -20,7 +20,7 @@ import torch
 
 from cfg_parallel import numerics
 from cfg_parallel.caches import BATCH
-from cfg_parallel.calls import Call, Denoiser, deal
+from cfg_parallel.calls import Branch, Call, Denoiser, deal
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.fusion import Fusion
@@ -61,14 +61,6 @@ class Step:
     branches: int = 0
     shipped: int = 0
     nodes: list[Node] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Branch:
-    """Of a denoiser with a cache: what a call needs of the calls before is where they ran, so it is where all run."""
-
-    follower: int | None  # None: the leader
-    calls: int = 0
 
 
 @dataclass(slots=True)
@@ -163,7 +155,8 @@ class Leader:
         if torch.is_grad_enabled():  # the arguments as they are: what is pending may be differentiated too
             if generation is not None:
                 generation.note("gradients were enabled, and a prediction from another process has none")
-                self._bring_home(generation, denoiser, denoiser.context, 0, "Gradients are enabled.")
+                branch = self._branch(generation, denoiser, denoiser.context, None)
+                self._bring_home(generation, branch, "Gradients are enabled.")
                 self._end_step(generation)
                 generation.step.branches += 1
                 generation.local_calls += 1
@@ -205,14 +198,17 @@ class Leader:
             if index and self.remotes:
                 generation.note(cache.why_alone)
             return None
-        key = call.denoiser.name, call.context[0]
-        branch = generation.branches.get(key)
-        if branch is None:
-            # As if of two, so that the first is beside the second from the first step on.
-            follower = None if key[1] == BATCH else self._deal(max(2, self._expected), index)
-            branch = generation.branches[key] = Branch(follower)
+        # As if of two, so that the first is beside the second from the first step on.
+        follower = None if call.context[0] == BATCH else self._deal(max(2, self._expected), index)
+        call.branch = self._branch(generation, call.denoiser, call.context, follower)
+        return call.branch.follower
+
+    def _branch(self, generation: Generation, denoiser: Denoiser, context: Any, follower: int | None) -> Branch:
+        """The branch that a call is of, which is on `follower` if it is new."""
+        key = denoiser.name, context[0] if context else ""
+        branch = generation.branches.setdefault(key, Branch(key, follower))
         branch.calls += 1
-        return branch.follower
+        return branch
 
     def _deal(self, expected: int, index: int) -> int | None:
         """As `_place`, in a step of so many calls."""
@@ -223,16 +219,14 @@ class Leader:
         is_extra = bool(self.remotes) and expected <= index
         return index % len(self.remotes) if is_extra else None
 
-    def _bring_home(self, generation: Generation, denoiser: Denoiser, context: Any, lost_calls: int, why: str) -> None:
-        """A branch runs here from now on. Its cache stays behind, so it cannot when there is something in it."""
-        if denoiser.cache is None or context is None:
+    def _bring_home(self, generation: Generation, branch: Branch | None, why: str) -> None:
+        """A branch runs here from now on. Its cache stays behind, so it cannot after its first call."""
+        if branch is None or branch.follower is None:
             return
-        key = denoiser.name, context[0]
-        branch = generation.branches.setdefault(key, Branch(None))
-        if branch.follower is not None and branch.calls > lost_calls:
+        if branch.calls > 1 or generation.branches.get(branch.key) is not branch:
             raise FollowerLostError(
-                f"{why} The cache of the branch {key[1]!r} is there, and without it the result would be another one; "
-                "call the pipeline again."
+                f"{why} The cache of the branch {branch.key[1]!r} is there, and without it the result would be another "
+                "one; call the pipeline again."
             )
         branch.follower = None
 
@@ -312,12 +306,12 @@ class Leader:
     def _send(self, generation: Generation, call: Call, branch: int, follower: int) -> RemoteCall | None:
         remote = self.remotes[follower]
         if follower in generation.given_up:
-            self._bring_home(generation, call.denoiser, call.context, 1, remote.lost or "A follower was given up.")
+            self._bring_home(generation, call.branch, remote.lost or "A follower was given up.")
             return None
         try:
             return remote.call(call.denoiser.name, branch, call.args, call.kwargs, call.context, call.autocast)
         except UnshippableError as error:
-            self._bring_home(generation, call.denoiser, call.context, 1, f"{error}.")
+            self._bring_home(generation, call.branch, f"{error}.")
             generation.note(str(error))
         except FollowerLostError as error:
             self._give_up(generation, follower, error, call)
@@ -442,7 +436,7 @@ class Leader:
     def _give_up(self, generation: Generation, follower: int, error: Exception, call: Call | None = None) -> None:
         """One warning for each follower and generation; what it owes and would have got is run here."""
         if call is not None:
-            self._bring_home(generation, call.denoiser, call.context, 1, str(error))
+            self._bring_home(generation, call.branch, str(error))
         if follower not in generation.given_up:
             generation.given_up.add(follower)
             generation.note(str(error))
