@@ -337,18 +337,6 @@ def test_interrupted_while_waiting_for_the_follower(pipe: Any, plain: Any, monke
         assert torch.equal(got, generate(plain, QWEN.inputs()))
 
 
-def test_what_a_replica_would_get_wrong_is_refused(pipe: Any) -> None:
-    from diffusers.hooks import FirstBlockCacheConfig
-
-    with enable_cfg_parallel(pipe):
-        expected = generate(pipe, QWEN.inputs())
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
-        with pytest.raises(ConfigurationError, match="has a cache"):
-            generate(pipe, QWEN.inputs())
-        pipe.transformer.disable_cache()
-        assert torch.equal(generate(pipe, QWEN.inputs()), expected)
-
-
 class MixRows:
     """An attention processor in which the rows of a batch see each other, as StyleAligned's do."""
 

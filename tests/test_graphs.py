@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 
 from cfg_parallel import graphs as graphs_module
 from cfg_parallel.codec import encode_plain
@@ -256,6 +257,31 @@ def test_forward_hooks_are_called_every_time(graphs: Graphs, model: Model) -> No
         run(graphs, model, torch.randn(4, 8))
     assert len(called) == 6
     assert "forward hook" in (graphs.failure or "")
+
+
+def test_a_denoiser_with_a_cache_stays_eager(graphs: Graphs, model: Model) -> None:
+    class Every2nd(ModelHook):
+        """As caches do: what it computes is another thing in each step."""
+
+        _is_stateful = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.last = [0], None
+
+        def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.calls[0] += 1
+            if self.calls[0] % 2:
+                self.last = self.fn_ref.original_forward(*args, **kwargs)
+            return self.last
+
+    hook = Every2nd()
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(hook, "every_2nd")
+    for _ in range(6):
+        run(graphs, model, torch.randn(4, 8))
+    assert hook.calls == [6]  # none for a rehearsal
+    reason = "the forward cannot be captured: its cache decides anew at every step what to compute"
+    assert graphs.counts() == {"replayed": 0, "captured": 0, "eager": {FIRST: 2, reason: 4}}
 
 
 def test_a_graph_keeps_what_it_reads(graphs: Graphs) -> None:

@@ -63,8 +63,14 @@ def test_torchrun(tmp_path: Path) -> None:
         PREAMBLE
         + textwrap.dedent(f"""
         import os
+        from diffusers.hooks import FirstBlockCacheConfig
         rank = int(os.environ["RANK"])
         expected = generate(pipe, tiny.inputs())
+        cache = FirstBlockCacheConfig(threshold=1e9)
+        pipe.transformer.enable_cache(cache)
+        cached = generate(pipe, tiny.inputs())
+        pipe.transformer.disable_cache()
+        assert not torch.equal(cached, expected)
         if rank:  # rank 0's weights are what counts
             with torch.no_grad():
                 pipe.transformer.img_in.weight.zero_()
@@ -79,6 +85,10 @@ def test_torchrun(tmp_path: Path) -> None:
             except Exception as error:
                 open({str(tmp_path)!r} + f"/failed{{rank}}", "w").write(str(error))
             assert torch.equal(generate(pipe, tiny.inputs()), expected)
+            if rank == 0:
+                assert handle.report.parallel_steps == 3, handle.report
+            pipe.transformer.enable_cache(cache)
+            assert torch.equal(generate(pipe, tiny.inputs()), cached)
             if rank == 0:
                 assert handle.report.parallel_steps == 3, handle.report
         open({str(tmp_path)!r} + f"/done{{rank}}", "w").write("yes")

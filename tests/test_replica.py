@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.models import attention_dispatch
 
 import cfg_parallel
 from cfg_parallel import numerics, replica
@@ -145,6 +147,26 @@ def test_into_tensors_with_gaps(links: tuple[Link, Link]) -> None:
 def test_into_another_model_is_refused(links: tuple[Link, Link]) -> None:
     with pytest.raises(RuntimeError, match=r"transformer.*same tensors on every rank"):
         ship(links, torch.nn.Linear(2, 2), into=torch.nn.Linear(2, 3))
+
+
+def test_into_a_model_with_another_cache_is_refused(links: tuple[Link, Link]) -> None:
+    module, own = Denoiser(), Denoiser()
+    module._cache_config = FirstBlockCacheConfig(threshold=0.5)
+    with pytest.raises(RuntimeError, match=r"same cache on every rank.*threshold=0.5.*None"):
+        ship(links, module, into=own)
+
+
+def test_attention_kernels_from_the_hub_are_loaded_with_a_replica(
+    links: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", loaded.append)
+    transformer = TINY["wan"].build().transformer
+    for module in transformer.modules():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = "flash_hub"
+    ship(links, transformer)
+    assert loaded == [attention_dispatch.AttentionBackendName.FLASH_HUB]
 
 
 def test_a_structure_that_cannot_be_built_is_an_error(links: tuple[Link, Link]) -> None:
@@ -373,12 +395,15 @@ def test_settings_are_carried_over() -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_default_dtype(torch.float64)
+    attention_dispatch._AttentionBackendRegistry.set_active_backend("_native_math")
     wanted = numerics.capture()
+    assert wanted["attention_backend"] == "_native_math"
     torch.backends.cuda.matmul.allow_tf32 = not torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
     torch.backends.cuda.enable_flash_sdp(True)
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
+    attention_dispatch._AttentionBackendRegistry.set_active_backend("native")
     assert numerics.capture() != wanted
     numerics.apply(wanted)
     assert numerics.capture() == wanted

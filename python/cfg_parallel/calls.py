@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from cfg_parallel import caches
+from cfg_parallel.caches import Cache
 from cfg_parallel.codec import Rows, UnshippableError, encode_plain, map_tensors, signature, tensors_in
 
 if TYPE_CHECKING:
@@ -23,6 +25,16 @@ class Denoiser:
     name: str
     module: torch.nn.Module
     context: tuple[str, dict[str, Any]] | None = None
+    cache: Cache | None = None
+
+
+@dataclass(slots=True)
+class Branch:
+    """Of a denoiser with a cache: what a call needs of the calls before is where they ran, so it is where all run."""
+
+    key: tuple[str, str]  # denoiser and context
+    follower: int | None  # None: the leader
+    calls: int = 0
 
 
 @dataclass(slots=True)
@@ -34,6 +46,7 @@ class Call:
     kwargs: dict[str, Any]
     context: tuple[str, dict[str, Any]] | None
     autocast: torch.dtype | None
+    branch: Branch | None = None
     is_part: bool = False  # some tensors are `Rows`
     _versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
 
@@ -59,6 +72,7 @@ class Call:
         """The denoiser's output, on this device. Its context may have been left since, so it is entered again."""
         with contextlib.ExitStack() as stack:
             if self.context is not None and self.context is not self.denoiser.context:
+                stack.enter_context(caches.same_context(self.denoiser.module))
                 stack.enter_context(self.denoiser.module.cache_context(self.context[0], **self.context[1]))  # type: ignore[operator]
             now = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
             if self.autocast != now:

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from cfg_parallel import spmd
+from cfg_parallel.caches import Cache, reset
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
 from cfg_parallel.coefficients import Coefficients
@@ -248,6 +249,10 @@ class Leading(CfgParallel):
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
         self._watches[denoiser.name] = Watch(denoiser.module)
         self._leader.forget(denoiser.name)
+        cache = Cache.of(denoiser.module)
+        if cache != denoiser.cache:
+            denoiser.cache = cache
+            self._leader.reset(denoiser)
         if self._clock is None and is_compiled(denoiser.module):
             self._clock = CompileClock(self._say_compiling)
 
@@ -281,6 +286,9 @@ class Leading(CfgParallel):
             if self._clock is not None:
                 self._clock.begin()
             self._leader.begin()
+            for denoiser in self._denoisers.values():  # a generation that failed has left something in its caches
+                reset(denoiser.module)
+                self._leader.reset(denoiser)
             output = call(*args, **kwargs)
             if any(isinstance(tensor, PendingPrediction) for tensor in tensors_in(output)):
                 output = map_tensors(output, settle)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cfg_parallel import numerics
+from cfg_parallel import caches, numerics
 from cfg_parallel.codec import decode, encode_plain
 from cfg_parallel.compiling import CompileClock, is_compiled
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
@@ -93,13 +93,19 @@ class Follower:
 
     def _on_denoiser(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         name = header["name"]
-        self._denoisers.pop(name, None)
+        replaced = self._denoisers.pop(name, None)
+        states = {} if replaced is None else caches.states_of(replaced)
+        del replaced  # its memory is needed
         self._graphs.forget(name)
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         module = receive_replica(self._link, header, self._own.get(name), timeout=None)
+        caches.restore(module, states)
         self._denoisers[name] = module
         if self._clock is None and is_compiled(module):
             self._clock = CompileClock()
+
+    def _on_reset(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
+        caches.reset(self._denoisers[header["name"]])
 
     def _on_forget(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         self._residents.clear()

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cfg_parallel.caches import Cache
 from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
@@ -200,6 +201,8 @@ class Graphs:
     ) -> str:
         """Capture a graph for the next call of this kind; why this one was eager."""
         try:
+            if Cache.of(module) is not None:
+                raise UncapturableError("its cache decides anew at every step what to compute")
             if waits:
                 raise UncapturableError("it waits for the GPU (.item(), a boolean mask) or copies from host memory")
             if restless(module) or fingerprint(module) != before:

@@ -9,6 +9,7 @@ A guess that turns out wrong costs time, never bits: the call is run again the w
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from typing import Any, cast
 import torch
 
 from cfg_parallel import numerics
-from cfg_parallel.calls import Call, Denoiser, deal
+from cfg_parallel.caches import BATCH
+from cfg_parallel.calls import Branch, Call, Denoiser, deal
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.fusion import Fusion
@@ -72,6 +74,7 @@ class Generation:
     notes: dict[str, int] = field(default_factory=dict)  # reason -> how often
     fused: dict[str, int] = field(default_factory=dict)  # rule and backend -> steps
     replayed: dict[str, int] = field(default_factory=dict)  # reason -> steps
+    branches: dict[tuple[str, str], Branch] = field(default_factory=dict)  # by denoiser with a cache, and context
     given_up: set[int] = field(default_factory=set)  # followers that failed
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
@@ -136,12 +139,24 @@ class Leader:
                     self._give_up(generation, follower, error)
         return generation
 
+    def reset(self, denoiser: Denoiser) -> None:
+        """The caches of `denoiser` are empty here, so they are to be everywhere."""
+        if self.generation is not None:
+            for key in [key for key in self.generation.branches if key[0] == denoiser.name]:
+                del self.generation.branches[key]
+        if denoiser.cache is not None and denoiser.cache.by_context:
+            for remote in self.remotes:
+                with contextlib.suppress(FollowerLostError):  # which the next call says
+                    remote.reset(denoiser.name)
+
     def dispatch(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `denoiser(*args, **kwargs)` gives, as pending predictions where that helps."""
         generation = self.generation
         if torch.is_grad_enabled():  # the arguments as they are: what is pending may be differentiated too
             if generation is not None:
                 generation.note("gradients were enabled, and a prediction from another process has none")
+                branch = self._branch(generation, denoiser, denoiser.context, None)
+                self._bring_home(generation, branch, "Gradients are enabled.")
                 self._end_step(generation)
                 generation.step.branches += 1
                 generation.local_calls += 1
@@ -167,15 +182,53 @@ class Leader:
         if branches is not None and not step.nodes:
             return self._split(generation, call, signature, branches)
         index = len(step.nodes)
-        _, followers = deal(max(self._expected, index + 1), len(self.remotes) + 1)
-        # One more than the last step had: the others run here already, so it is launched beside them.
-        is_extra = bool(self.remotes) and self._expected <= index
-        if index < len(followers) or is_extra:
-            follower = followers[index] if index < len(followers) else index % len(self.remotes)
+        follower = self._place(generation, call, index)
+        if follower is not None:
             output = self._ship(generation, call, signature, index, follower)
             if output is not None:
                 return output
         return self._run_here(generation, call, signature)
+
+    def _place(self, generation: Generation, call: Call, index: int) -> int | None:
+        """The follower that is to run the call, which is number `index` of its step; None for the leader."""
+        cache = call.denoiser.cache
+        if cache is None:
+            return self._deal(self._expected, index)
+        if not cache.by_context or call.context is None:
+            if index and self.remotes:
+                generation.note(cache.why_alone)
+            return None
+        # As if of two, so that the first is beside the second from the first step on.
+        follower = None if call.context[0] == BATCH else self._deal(max(2, self._expected), index)
+        call.branch = self._branch(generation, call.denoiser, call.context, follower)
+        return call.branch.follower
+
+    def _branch(self, generation: Generation, denoiser: Denoiser, context: Any, follower: int | None) -> Branch:
+        """The branch that a call is of, which is on `follower` if it is new."""
+        key = denoiser.name, context[0] if context else ""
+        branch = generation.branches.setdefault(key, Branch(key, follower))
+        branch.calls += 1
+        return branch
+
+    def _deal(self, expected: int, index: int) -> int | None:
+        """As `_place`, in a step of so many calls."""
+        _, followers = deal(max(expected, index + 1), len(self.remotes) + 1)
+        if index < len(followers):
+            return followers[index]
+        # One more than the last step had: the others run here already, so it is launched beside them.
+        is_extra = bool(self.remotes) and expected <= index
+        return index % len(self.remotes) if is_extra else None
+
+    def _bring_home(self, generation: Generation, branch: Branch | None, why: str) -> None:
+        """A branch runs here from now on. Its cache stays behind, so it cannot after its first call."""
+        if branch is None or branch.follower is None:
+            return
+        if branch.calls > 1 or generation.branches.get(branch.key) is not branch:
+            raise FollowerLostError(
+                f"{why} The cache of the branch {branch.key[1]!r} is there, and without it the result would be another "
+                "one; call the pipeline again."
+            )
+        branch.follower = None
 
     def _end_step(self, generation: Generation) -> None:
         if generation.step.branches:
@@ -207,13 +260,15 @@ class Leader:
         specs = [TensorSpec.of(tensor, self.device) for tensor in values]
         self._templates[signature] = Template(body, specs)
         rows = call.rows()
+        cache = call.denoiser.cache
         may_split = bool(self.remotes) and rows > 1 and all(spec.shape[:1] == (rows,) for spec in specs)
         node: Node
 
         def force() -> Sequence[torch.Tensor]:
             if may_split and len(node.row_splits) == 1:
-                if signature in self._whole:
-                    generation.note(self._whole[signature])
+                why = self._whole.get(signature) if cache is None else cache.why_alone
+                if why is not None:
+                    generation.note(why)
                     step.branches += next(iter(node.row_splits)) - 1
                     return values
                 return self._try_split(generation, step, call, signature, next(iter(node.row_splits)), values)
@@ -235,7 +290,7 @@ class Leader:
             try:
                 template = Template(*remote_call.wait())
             except (RemoteCallError, FollowerLostError) as error:
-                self._give_up(generation, follower, error)
+                self._give_up(generation, follower, error, call)
                 return None
             self._templates[signature] = template
         step = generation.step
@@ -251,13 +306,15 @@ class Leader:
     def _send(self, generation: Generation, call: Call, branch: int, follower: int) -> RemoteCall | None:
         remote = self.remotes[follower]
         if follower in generation.given_up:
+            self._bring_home(generation, call.branch, remote.lost or "A follower was given up.")
             return None
         try:
             return remote.call(call.denoiser.name, branch, call.args, call.kwargs, call.context, call.autocast)
         except UnshippableError as error:
+            self._bring_home(generation, call.branch, f"{error}.")
             generation.note(str(error))
         except FollowerLostError as error:
-            self._give_up(generation, follower, error)
+            self._give_up(generation, follower, error, call)
         return None
 
     def _collect(
@@ -278,7 +335,7 @@ class Leader:
                 )
             return remote_call.values()
         except (RemoteCallError, FollowerLostError) as error:
-            self._give_up(generation, follower, error)
+            self._give_up(generation, follower, error, call)
             step.shipped -= 1
         if not call.unchanged():
             raise RecordingError("An argument of the lost call was overwritten, so that it cannot be run again here.")
@@ -376,8 +433,10 @@ class Leader:
         metas = [(s.shape, s.stride, s.dtype, self.device if s.on_device else cpu) for s in specs]
         return pending_outputs(force, metas, rows)
 
-    def _give_up(self, generation: Generation, follower: int, error: Exception) -> None:
+    def _give_up(self, generation: Generation, follower: int, error: Exception, call: Call | None = None) -> None:
         """One warning for each follower and generation; what it owes and would have got is run here."""
+        if call is not None:
+            self._bring_home(generation, call.branch, str(error))
         if follower not in generation.given_up:
             generation.given_up.add(follower)
             generation.note(str(error))

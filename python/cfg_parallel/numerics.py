@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,24 @@ def _set_deterministic(state: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(state[0], warn_only=state[1])
 
 
+def _attention() -> Any:
+    """Where diffusers has its attention kernels, if it is in use."""
+    module = sys.modules.get("diffusers.models.attention_dispatch")
+    if module is None:
+        raise AttributeError("diffusers has no attention backends, or was not imported")
+    return module
+
+
+def _attention_backend() -> str:
+    dispatch = _attention()
+    return str(dispatch.AttentionBackendName(dispatch._AttentionBackendRegistry._active_backend).value)
+
+
+def _set_attention_backend(name: str) -> None:
+    dispatch = _attention()
+    dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName(name))
+
+
 # In the order in which they are applied. TF32 has two sets of names: setting the old ones sets the new ones too, and
 # once a new one was set, PyTorch refuses to read the old ones. So the old ones come first, then new ones that differ.
 _FUNCTIONS: dict[str, _Setting] = {
@@ -34,6 +53,7 @@ _FUNCTIONS: dict[str, _Setting] = {
     "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "deterministic": (_deterministic, _set_deterministic),
     "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "attention_backend": (_attention_backend, _set_attention_backend),
 }
 _SETTINGS = _FUNCTIONS | {
     path: _attribute(path)
@@ -76,9 +96,21 @@ def capture() -> dict[str, Any]:
 def apply(state: dict[str, Any]) -> None:
     """Make this process's settings equal to `state`; what is equal already is not touched."""
     for name, (read, write) in _SETTINGS.items():
-        with contextlib.suppress(RuntimeError):  # as above: this process uses the new names already
+        # As above: this process uses the new names already, or has nothing that the setting is for.
+        with contextlib.suppress(AttributeError, RuntimeError):
             if name in state and read() != state[name]:
                 write(state[name])
+
+
+def load_attention_kernels(module: torch.nn.Module) -> None:
+    """Those from the Hub that its attention processors name: each process has to load them."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    load = getattr(dispatch, "_maybe_download_kernel_for_backend", None)
+    if dispatch is None or load is None:
+        return
+    named = {getattr(sub.__dict__.get("processor"), "_attention_backend", None) for sub in module.modules()}
+    for backend in named - {None}:
+        load(dispatch.AttentionBackendName(backend))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.caches import hooks_of
 from cfg_parallel.errors import ConfigurationError
 
 _GROUP = "group_offloading"
@@ -100,12 +101,6 @@ def remove_accelerate_hooks(module: torch.nn.Module) -> None:
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(module, recurse=True)
-
-
-def hooks_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers has put on one module (caches, offload, casting)."""
-    registry = module.__dict__.get("_diffusers_hook")
-    return registry.hooks if registry is not None else {}
 
 
 def group_offload(module: torch.nn.Module) -> Any:

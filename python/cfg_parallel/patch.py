@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -110,11 +112,15 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
         return leader.dispatch(denoiser, args, kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return module.__reduce_ex__(protocol)
+        return operator.getitem, ([module], 0)  # the module, also where it is being pickled already
+
+    def __copy__(self: Any) -> Any:
+        return copy.copy(module)
 
     namespace: dict[str, Any] = {
         "__call__": __call__,
         "__reduce_ex__": __reduce_ex__,
+        "__copy__": __copy__,
         "_cfg_parallel_denoiser": denoiser,
     }
     if hasattr(module, "cache_context"):
@@ -130,6 +136,13 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
                 denoiser.context = outer
 
         namespace["cache_context"] = cache_context
+    if hasattr(type(module), "_reset_stateful_cache"):
+
+        def _reset_stateful_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+            module._reset_stateful_cache(*args, **kwargs)  # type: ignore[operator]
+            leader.reset(denoiser)
+
+        namespace["_reset_stateful_cache"] = _reset_stateful_cache
     cls = _subclass(type(module), namespace)
     view: torch.nn.Module = object.__new__(cls)
     object.__setattr__(view, "__dict__", module.__dict__)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.caches import Cache
 from cfg_parallel.codec import Rows, TensorSpec, UnshippableError, encode_plain, encode_structure
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
@@ -170,7 +171,12 @@ class RemoteFollower:
         self._end_waits_when_dead()
 
     def ship_denoiser(self, name: str, module: torch.nn.Module, prepare: Prepare | None = None) -> None:
-        """Give the follower a replica; returns when it is there. Its bytes and seconds add up in `replica`."""
+        """Give the follower a replica; returns when it is there. Its bytes and seconds add up in `replica`.
+
+        A denoiser whose cache has one state for all calls gets none: it runs on the leader alone."""
+        cache = Cache.of(module)
+        if cache is not None and not cache.by_context:
+            return
         self.drain()
         start, before = time.perf_counter(), self.link.bytes_sent
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
@@ -192,6 +198,10 @@ class RemoteFollower:
         changed = settings if settings != self._settings else None
         self._send({"kind": "begin", "numerics": changed, "graphs": graphs})
         self._settings = settings
+
+    def reset(self, name: str) -> None:
+        """Empty the caches of a denoiser, as of the calls that follow."""
+        self._send({"kind": "reset", "name": name})
 
     def call(self, name: str, branch: int, args: Any, kwargs: Any, context: Any, autocast: Any) -> RemoteCall:
         """Ship one forward of denoiser `name`; returns at once. `branch` is its place in the step.

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from cfg_parallel import caches
+from cfg_parallel.caches import hooks_of
 from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart
 from cfg_parallel.compiling import find_compiled, unwrap
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
-from cfg_parallel.offload import FIRST_FORWARD_HOOKS, follow, group_offload, hooks_of, restless
+from cfg_parallel.numerics import load_attention_kernels
+from cfg_parallel.offload import FIRST_FORWARD_HOOKS, follow, group_offload, restless
 from cfg_parallel.preparation import Prepare, apply_to_replica, encode
 
 _CHUNK = 256 << 20  # bytes of weights in one message
@@ -24,10 +27,11 @@ def send_replica(
 ) -> None:
     """Give the follower at the other end of `link` a copy of `module`, named `name`, compiled as that is."""
     _refuse_unsupported(name, module)
-    body, tensors = encode_structure(unwrap(module))
+    with caches.empty(module):
+        body, tensors = encode_structure(unwrap(module))
     specs = [TensorSpec.of(tensor, link.device) for tensor in tensors]
-    preparation = encode(prepare, find_compiled(module))
-    link.send({"kind": "denoiser", "name": name, "body": body, "weights": specs, "preparation": preparation})
+    header = {"name": name, "body": body, "weights": specs, "cache": _cache(module)}
+    link.send({"kind": "denoiser", "preparation": encode(prepare, find_compiled(module)), **header})
     _expect(link.read(timeout), "allocated")  # weights that nobody receives would hold up this process for ever
     for chunk in _chunks(specs):
         link.send({"kind": "weights"}, [tensors[i] for i in chunk])
@@ -44,13 +48,11 @@ def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
             f"The denoiser {name!r} is offloaded to disk, so there are no weights to replicate; leave "
             "offload_to_disk_path out of enable_group_offload."
         )
-    for sub in module.modules():
-        for hook_name, hook in hooks_of(sub).items():
-            if hook._is_stateful:
-                raise ConfigurationError(
-                    f"The denoiser {name!r} has a cache ({hook_name}), which cfg-parallel does not support yet: "
-                    "its state would be split between processes; call disable_cache() on it."
-                )
+
+
+def _cache(module: torch.nn.Module) -> str:
+    """The configuration of its cache, in words."""
+    return repr(getattr(module, "_cache_config", None))
 
 
 def _expect(header: dict[str, Any], kind: str) -> None:
@@ -74,7 +76,13 @@ def receive_replica(
     if into is None:
         tensors: list[torch.Tensor] = [spec.empty(link.device) for spec in specs]
     else:
-        tensors = encode_structure(unwrap(into))[1]
+        if _cache(into) != header["cache"]:
+            raise ValueError(
+                f"Expected denoiser {header['name']!r} to have the same cache on every rank, but rank 0 has "
+                f"{header['cache']} and this rank has {_cache(into)}; call enable_cache or disable_cache on all ranks."
+            )
+        with caches.empty(into):
+            tensors = encode_structure(unwrap(into))[1]
         own = [TensorSpec.of(tensor, link.device) for tensor in tensors]
         if own != list(specs):
             raise ValueError(
@@ -91,6 +99,7 @@ def receive_replica(
     if into is None:
         follow(module, link.device)
     apply_to_replica(header["preparation"], module)
+    load_attention_kernels(module)
     _wait_for(link.device)
     link.send({"kind": "ready"})
     return module
@@ -126,7 +135,9 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     for path, sub in module.named_modules():
         add(path)
         add(type(sub))
-        parts += (name for name in hooks_of(sub) if name not in FIRST_FORWARD_HOOKS)
+        for name, hook in hooks_of(sub).items():
+            if name not in FIRST_FORWARD_HOOKS:
+                parts += (name, *_hook(hook))
         moves = id(sub) in moving
         describe, without = (_moving_tensor, _NOT_HOOKED) if moves else (_tensor, _NOT_SETTINGS)
         for tensors in (sub._parameters, sub._buffers):
@@ -141,7 +152,7 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-# `_diffusers_hook` holds per-generation state; the hooks that it runs are functions replaced in `forward`.
+# `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
 _NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
 
@@ -163,6 +174,7 @@ class Watch:
             for key, value in sub.__dict__.items()
             if key not in _NOT_HOOKED and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
         ]
+        self._settings.append((module.__dict__, "_cache_config"))  # there only while a cache is enabled
         self._seen = self._look()
 
     def changed(self) -> bool:
@@ -171,6 +183,13 @@ class Watch:
     def _look(self) -> tuple[list[int], list[Any]]:
         versions = [tensor._version for tensor in self._tensors]
         return versions, [_setting(holder.get(key)) for holder, key in self._settings]
+
+
+def _hook(hook: Any) -> tuple[Any, ...]:
+    """A hook's settings without its state: a cache of another configuration may get the address of the one before."""
+    plain = {key: value for key, value in vars(hook).items() if type(value) in _SCALARS or type(value) is tuple}
+    config = vars(hook).get("config")
+    return id(hook), _setting(plain), _setting(getattr(config, "__dict__", config))
 
 
 def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
