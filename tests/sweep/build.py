@@ -104,8 +104,14 @@ ARGUMENTS: dict[str, Any] = {
     "generator": lambda: torch.Generator().manual_seed(0),
     "output_type": "latent",
 }
+
+
+def image() -> Any:
+    return picture(0, 16, 16)
+
+
 ARGUMENTS_WITHOUT_DEFAULT: dict[str, Any] = {
-    "image": lambda: picture(0, 16, 16),
+    "image": image,
     "mask_image": lambda: picture(1, 16, 16).convert("L"),
     "control_image": lambda: picture(2, 16, 16),
 }

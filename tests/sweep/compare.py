@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import pkgutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -160,3 +161,14 @@ def compare(case: Case, row: Row, devices: Sequence[str] = ("cpu", "cpu")) -> Ro
     assert row.max_diff <= TOLERANCE, f"two devices differ from one by {row.max_diff:.1e} of the largest value"
     assert row.equal, f"two devices differ from one, branch by branch, by {difference(second, reference):.1e}"
     return row
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], everything: dict[str, Row]) -> None:
+    """The table as JSON and as Markdown. A pipeline that was not run keeps what the files said of it."""
+    known = {name: row.to_dict() for name, row in everything.items()}
+    old = path.with_suffix(".json")
+    if old.exists():
+        known |= {row["pipeline"]: row for row in json.loads(old.read_text()) if row["pipeline"] in known}
+    known |= {row["pipeline"]: known[row["pipeline"]] | row for row in rows}
+    table = [known[name] for name in sorted(known)]
+    old.write_text("[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n")
