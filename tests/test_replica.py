@@ -184,14 +184,6 @@ def test_a_module_that_does_not_fit_on_the_follower(links: tuple[Link, Link]) ->
         send_replica(links[0], "transformer", torch.nn.Linear(2, 2), timeout=2)
 
 
-def test_compiled_module_is_refused(links: tuple[Link, Link]) -> None:
-    """A compiled forward rounds otherwise, and pickling a module loses that it is compiled."""
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    module[0].compile(backend="eager")
-    with pytest.raises(ConfigurationError, match="'transformer' is compiled"):
-        send_replica(links[0], "transformer", module, timeout=2)
-
-
 def test_peer_that_leaves_is_an_error(links: tuple[Link, Link]) -> None:
     links[1].close()
     with pytest.raises(FollowerLostError):

@@ -445,7 +445,8 @@ class Leading(CfgParallel):
         if failure is not None and not self._warned_of_graphs:
             self._warned_of_graphs = True
             warnings.warn(f"cfg-parallel runs without CUDA graphs: {failure}.", stacklevel=4)
-        if generation.steps and not any(step.branches > 1 for step in generation.steps) and len(self.devices) > 1:
+        shared = any(0 < step.shipped < step.branches for step in generation.steps)
+        if generation.steps and not shared and len(self.devices) > 1:
             warnings.warn(f"cfg-parallel: {self.report.why}", stacklevel=4)
 
     def disable(self) -> None:

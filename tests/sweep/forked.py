@@ -1,6 +1,7 @@
 """Followers forked from this process, which has imported everything already: two hundred starts cost nothing.
 
-Another process all the same, with the main loop of a follower; how `enable_cfg_parallel` starts one is tested elsewhere.
+Another process all the same, with the main loop of a follower. How one is started is tested
+elsewhere.
 """
 
 from __future__ import annotations
