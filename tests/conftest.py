@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts; the follower inherits it
 
@@ -27,3 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = marker.kwargs.get("count", 1)
         if gpus < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs, and there are {gpus}"))
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Followers without the seconds that a new Python needs to import PyTorch and diffusers, where there is no GPU."""
+    from forked import forked_followers
+
+    with contextlib.nullcontext() if torch.cuda.is_available() else forked_followers():
+        yield

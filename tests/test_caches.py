@@ -29,7 +29,7 @@ from cfg_parallel.remote import RemoteCall, RemoteCallError
 from cfg_parallel.replica import fingerprint
 from tiny import TINY, generate, randomize
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 
 STEPS = 6
 CPUS = ["cpu", "cpu"]

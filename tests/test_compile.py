@@ -18,7 +18,7 @@ from reference import reference
 from test_graphs import rerun, run
 from tiny import TINY, generate
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("forked")]
 
 # The backend that changes nothing: what is tested is where it is applied. Its marks show in the code that ran.
 EAGER = {"backend": "eager"}

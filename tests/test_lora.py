@@ -14,7 +14,7 @@ from reference import reference
 from tiny import TINY, generate
 
 peft = pytest.importorskip("peft", reason="LoRAs need peft")
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 
 MODULES = {"to_q", "to_k", "to_v", "to_out.0"}
 

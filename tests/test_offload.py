@@ -21,7 +21,7 @@ from test_graphs import rerun, run
 from tiny import TINY, Tiny, generate
 
 pytest.importorskip("accelerate", reason="diffusers offloads with accelerate")
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("forked")]
 
 QWEN = TINY["qwen_image"]
 CPU = ["cpu", "cpu"]

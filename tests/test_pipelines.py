@@ -15,7 +15,7 @@ import cfg_parallel
 from reference import reference
 from tiny import STOCHASTIC_SCHEDULERS, TINY, Tiny, generate, with_scheduler
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 
 
 class Pair:

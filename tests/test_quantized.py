@@ -15,7 +15,7 @@ from cfg_parallel.replica import fingerprint
 from reference import reference
 from tiny import TINY, generate
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 
 
 def torchao(module: torch.nn.Module) -> None:

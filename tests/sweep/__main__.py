@@ -42,8 +42,8 @@ def work() -> None:
     import torch
 
     torch.set_num_threads(1)
+    from forked import forked_followers
     from sweep.compare import cases, compare, listed
-    from sweep.forked import forked_followers
 
     everything, rows = cases(), listed()
     with forked_followers():

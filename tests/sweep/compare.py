@@ -185,11 +185,11 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         "# Supported pipelines",
         "",
         f"diffusers {diffusers.__version__} has {len(current)} pipelines that use guidance and are not deprecated. "
-        f"{len(ran)} of them were run in a tiny size on two processes: {equal} gave what one device gives, and {shared} "
+        f"{len(ran)} of them were run in a tiny size on two processes: {equal} gave what one device gives; {shared}",
         "shared every step with guidance. Made by `python tests/sweep --write docs/supported_pipelines.json`.",
         "",
-        "*Pattern*: A one batched call a step, B a call for each branch, C three or more branches, E a guider. *Equal*: "
-        "bit for bit, with the branches of a batch one after the other ([exactness](exactness.md)). *Off by*: from the "
+        "*Pattern*: A one batched call a step, B a call for each branch, C three or more branches, E guiders. *Equal*:",
+        "bit for bit, with the branches of a batch one after the other ([exactness](exactness.md)). *Off by*: from the",
         "batch as it is on one device, in parts of the largest value. *Shipped*: calls to the other device in a step.",
         "",
         "| pipeline | pattern | shared | equal | off by | shipped | rule | note |",
