@@ -103,6 +103,23 @@ _ONLY_METADATA = frozenset(
         aten.rand_like.default,
     ]
 )
+_DIM_ARGUMENT = {
+    aten.split.Tensor: 2,
+    aten.split_with_sizes.default: 2,
+    aten.unbind.int: 1,
+    aten.select.int: 1,
+    aten.squeeze.dim: 1,
+}
+_RESHAPES = frozenset(  # row after row in memory, before and after, when dimension 0 stays as long
+    [
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten._reshape_alias.default,
+        aten.reshape.default,
+        aten.expand.default,
+        aten.squeeze.default,
+    ]
+)
 _ROW_SPLITS = frozenset([aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.slice.Tensor])
 
 _metadata: dict[Any, Any] = {}  # (op, operand metadata) -> result metadata; a generation repeats a few dozen keys
@@ -432,7 +449,21 @@ def _follow_rows(node: Node, func: Any, args: Any, waiting: list[PendingPredicti
             if equal and part and leaf.rows % part == 0 and leaf.rows > part:
                 leaf.row_splits.add(leaf.rows // part)
             return
-    alone = sum(1 for arg in args if isinstance(arg, torch.Tensor) and math.prod(arg.shape) != 1) == 1
-    adds_dim_0 = func is aten.unsqueeze.default and args[1] in (0, -waiting[0].dim() - 1)
-    if func in _ROWWISE_SET and alone and not adds_dim_0 and shape[:1] == waiting[0].shape[:1] == (leaf.rows,):
+    kept = all(spec[0][:1] == (leaf.rows,) for spec in node.specs) and waiting[0].shape[:1] == (leaf.rows,)
+    if kept and _keeps_rows(func, args, waiting[0].dim()):
         node.leaf = leaf
+
+
+def _keeps_rows(func: Any, args: Any, rank: int) -> bool:
+    """Whether dimension 0 of the result, which is as long as that of the first operand, has its rows in their order."""
+    if func in _ROWWISE_SET:
+        alone = sum(1 for arg in args if isinstance(arg, torch.Tensor) and math.prod(arg.shape) != 1) == 1
+        return alone and not (func is aten.unsqueeze.default and args[1] in (0, -rank - 1))
+    if func in _DIM_ARGUMENT:
+        index = _DIM_ARGUMENT[func]
+        return len(args) > index and args[index] % rank != 0
+    if func is aten.permute.default:
+        return bool(args[1][0] % rank == 0)
+    if func is aten.transpose.int:
+        return args[1] % rank != 0 and args[2] % rank != 0
+    return func in _RESHAPES
