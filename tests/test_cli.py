@@ -438,3 +438,21 @@ def test_the_example_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("cfg-parallel: error: ") and "model_index.json" in done.stderr
+
+
+# models
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from cfg_parallel import cli
+
+    assert cli.main(["models"]) == 0
+    everything = capsys.readouterr().out.splitlines()
+    assert len(everything) > 200 and everything[0].split() == ["pipeline", "pattern", "result", "rule", "note"]
+    assert cli.main(["models", "stablediffusionimg", "LDMText", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["pipeline"] for row in rows] == ["LDMTextToImagePipeline", "StableDiffusionImg2ImgPipeline"]
+    assert cli.main(["models", "nothing"]) == 2
+    assert "No pipeline with guidance is named like nothing" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot.
+"""The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot, and
+`models` lists the pipelines.
 
 Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was
 done, with one line on stderr that names the fix.
@@ -36,6 +37,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message} (see `{self.prog} --help`)")
 
 
+def _models(args: argparse.Namespace) -> int:
+    import json
+
+    from cfg_parallel import models
+
+    rows = models.pipelines(args.words)
+    print(json.dumps(rows, indent=1) if args.json else models.table(rows))
+    return 0
+
+
 def _edit(args: argparse.Namespace) -> int:
     from cfg_parallel.edit import run_edit
 
@@ -61,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model-only", action="store_true", help="build the model, print its folder and stop")
     demo.add_argument("--num-inference-steps", type=_positive_int, default=4, metavar="N", help="default: %(default)s")
     demo.set_defaults(command=_demo)
+    models = commands.add_parser(
+        "models",
+        help="list the diffusers pipelines that use guidance, and what is known of each",
+        description="Lists pipelines: how they apply guidance, whether they ran in parallel with an equal result.",
+    )
+    models.add_argument("words", nargs="*", metavar="WORD", help="a part of a name, in any case (default: all)")
+    models.add_argument("--json", action="store_true", help="the rows as JSON")
+    models.set_defaults(command=_models)
     return parser
 
 

@@ -1,0 +1,56 @@
+"""The table of pipelines: complete, true to what was run, and some run again. `python tests/sweep` runs all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from sweep.compare import Row, cases, listed, markdown
+from sweep.session import Session
+
+pytestmark = pytest.mark.timeout(180)
+
+TABLE = Path(__file__).parents[1] / "docs" / "supported_pipelines.json"
+# A sample of every family and every way to apply guidance.
+SOME = [
+    "StableDiffusionImg2ImgPipeline",
+]
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    session = Session()
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_two_processes_give_what_one_device_gives(session: Session, name: str) -> None:
+    row, printed = session.ask(name)
+    assert row["equal"], f"{row['note']}\n{printed}"
+    told = {each["pipeline"]: each for each in json.loads(TABLE.read_text())}[name]
+    for key in ("supported", "calls_shipped_per_step", "rule", "note"):
+        assert row[key] == told[key], f"docs/supported_pipelines.json is not up to date: {key}"
+
+
+def test_every_case_is_a_listed_pipeline() -> None:
+    assert set(cases()) <= set(listed())
+    assert set(SOME) <= set(cases())
+    assert [name for name in listed() if not hasattr(diffusers, name)] == []
+
+
+def test_the_table_is_of_all_pipelines() -> None:
+    table = json.loads(TABLE.read_text())
+    assert {row["pipeline"] for row in table} == set(listed())
+    assert all(row.keys() == Row("", "", False).to_dict().keys() for row in table)
+    assert TABLE.with_suffix(".md").read_text() == markdown(table)
+
+
+def test_what_is_not_shared_says_why() -> None:
+    for row in json.loads(TABLE.read_text()):
+        assert row["equal"] is not False, row
+        assert row["supported"] or row["equal"] is None or row["note"], row
