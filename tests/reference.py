@@ -66,7 +66,10 @@ def concatenate(outputs: list[Any]) -> Any:
     """One output from the groups' outputs, in the container the denoiser used."""
     first = outputs[0]
     if isinstance(first, torch.Tensor):
-        return torch.cat(outputs)
+        # In the memory format that the denoiser gives; a later sum depends on it. torch.cat makes it contiguous.
+        order = [0, *sorted(range(1, first.dim()), key=first.stride, reverse=True)]
+        back = [order.index(dim) for dim in range(first.dim())]
+        return torch.cat([output.permute(order) for output in outputs]).contiguous().permute(back)
     if isinstance(first, tuple):
         return tuple(concatenate(list(items)) for items in zip(*outputs, strict=True))
     if isinstance(first, dict):  # diffusers' BaseOutput is one, made from keyword arguments

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfg_parallel.calls import Call, Denoiser, deal
-from cfg_parallel.codec import Rows
+from cfg_parallel.codec import Rows, UnshippableError
 
 CPU = torch.device("cpu")
 
@@ -246,3 +246,51 @@ def test_deal_examples() -> None:
     assert deal(4, 2) == (2, [0, 0])
     assert deal(3, 3) == (1, [0, 1])
     assert deal(2, 8) == (1, [0])
+
+
+def test_a_list_that_the_denoiser_empties_is_there_for_the_next_run() -> None:
+    def forward(sample: torch.Tensor, residuals: list[torch.Tensor]) -> torch.Tensor:
+        while residuals:
+            sample = sample + residuals.pop(0)
+        return sample
+
+    given = [torch.ones(4, 2), torch.full((4, 2), 2.0)]
+    call = Call.of(Denoiser("unet", forward), (torch.zeros(4, 2),), {"residuals": given}, CPU)  # type: ignore[arg-type]
+    parts = call.split(2)
+    assert torch.equal(call.run(CPU, as_given=True), torch.full((4, 2), 3.0))
+    assert given == []  # as without cfg-parallel
+    for _ in range(2):
+        assert torch.equal(call.run(CPU), torch.full((4, 2), 3.0))
+        assert torch.equal(torch.cat([part.run(CPU) for part in parts]), torch.full((4, 2), 3.0))
+
+
+def test_what_a_denoiser_keeps_in_an_argument_is_not_lost() -> None:
+    def forward(sample: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:
+        cache["last"] = sample + 1
+        return cache["last"]
+
+    cache: dict[str, torch.Tensor] = {}
+    call = Call.of(Denoiser("unet", forward), (torch.zeros(4, 2),), {"cache": cache}, CPU)  # type: ignore[arg-type]
+    call.run(CPU, as_given=True)
+    assert torch.equal(cache["last"], torch.ones(4, 2))
+    for again in (call, *call.split(2)):
+        with pytest.raises(UnshippableError, match="keeps something in one of its arguments"):
+            again.run(CPU)
+
+
+def test_what_has_several_rows_for_one_of_the_batch() -> None:
+    sample, prompts, table = torch.randn(2, 3), torch.randn(8, 5), torch.randn(7, 5)
+    one = call(sample, prompts, table=table)
+    assert one.manners() == ["rows", "multiples"]
+    first, second = one.split(2, "multiples")
+    assert torch.equal(rows_of(first)[0][1], prompts[:4]) and torch.equal(rows_of(second)[0][1], prompts[4:])
+    assert all(part.kwargs["table"] is table for part in (first, second))
+    assert one.split(2)[0].args[1] is prompts
+
+
+def test_rows_on_dimension_one() -> None:
+    sample, states = torch.randn(2, 3), torch.randn(5, 2, 4)
+    one = call(sample, states)
+    assert one.manners() == ["rows", "dim 1"]
+    assert torch.equal(rows_of(one.split(2, "dim 1")[1])[0][1], states[:, 1:])
+    assert call(sample).manners() == ["rows"]

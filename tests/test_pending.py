@@ -1208,3 +1208,31 @@ def test_row_splits_of_any_equal_chunk(branches: int, size: int, shape: tuple[in
     rows = branches * size
     assert splits(lambda p: p.chunk(branches), rows, (rows, *shape)) == {branches}
     assert splits(lambda p: p.float().split(size), rows, (rows, *shape)) == {branches}
+
+
+# Putting a batch together.
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda t: t,
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(0, 3, 1, 2),
+    "rows innermost": lambda t: t.permute(3, 1, 2, 0),
+    "sliced": lambda t: t[:, :, 1:],
+    "expanded": lambda t: t[:, :, :1].expand(-1, -1, 5, -1),
+    "no elements": lambda t: t[:, :0],
+    "one row": lambda t: t[:1].permute(0, 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_has_the_layout_of_its_parts(layout: str) -> None:
+    parts = [LAYOUTS[layout](torch.randn(3, 4, 5, 6)) for _ in range(2)]
+    joined = pending.cat_rows(parts)
+    assert torch.equal(joined, torch.cat(parts))
+    if layout in ("contiguous", "channels last", "permuted", "one row"):
+        whole = (
+            LAYOUTS[layout](torch.randn(6, 4, 5, 6))
+            if layout != "one row"
+            else torch.randn(2, 4, 5, 6).permute(0, 2, 3, 1)
+        )
+        assert joined.stride() == whole.stride()

@@ -194,3 +194,12 @@ def test_an_enabled_pipeline_has_a_view_of_its_scheduler() -> None:
         assert pipe.scheduler is not another
         assert another.num_inference_steps == 2
     assert pipe.scheduler is another
+
+
+def test_a_view_passes_for_its_class() -> None:
+    original = diffusers.FlowMatchEulerDiscreteScheduler()
+    view: Any = scheduler_view(original, Coefficients("cuda"))
+    kind = type(view)  # a pipeline asks whether it is another class, by !=
+    assert (kind == diffusers.FlowMatchEulerDiscreteScheduler) and (diffusers.FlowMatchEulerDiscreteScheduler == kind)
+    assert kind != diffusers.DDIMScheduler
+    assert {diffusers.FlowMatchEulerDiscreteScheduler: 1}[kind] == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
@@ -14,6 +14,11 @@ from cfg_parallel.codec import Rows, UnshippableError, encode_plain, map_tensors
 
 if TYPE_CHECKING:
     from cfg_parallel.graphs import Graphs
+
+# Which arguments a batch is cut in: those with as many rows as the main input; those too with several for each of its
+# rows (prompts for each frame of AnimateDiff); those too whose rows are on dimension 1 (HiDream's Llama states).
+Manner = Literal["rows", "multiples", "dim 1"]
+MANNERS: tuple[Manner, ...] = ("rows", "multiples", "dim 1")
 
 _MAIN_INPUTS = ("hidden_states", "sample", "x", "latents")
 
@@ -28,6 +33,13 @@ class Denoiser:
     cache: Cache | None = None
 
 
+class Split(NamedTuple):
+    """Into what a batch is taken apart, and how."""
+
+    branches: int
+    manner: Manner
+
+
 @dataclass(slots=True)
 class Branch:
     """Of a denoiser with a cache: what a call needs of the calls before is where they ran, so it is where all run."""
@@ -39,7 +51,8 @@ class Branch:
 
 @dataclass(slots=True)
 class Call:
-    """One forward of a denoiser. `args` and `kwargs` hold settled tensors."""
+    """One forward of a denoiser. `args` and `kwargs` hold settled tensors, in containers of their own: a pipeline may
+    go on with its own, and a denoiser may empty those that it is given (residuals of an adapter)."""
 
     denoiser: Denoiser
     args: tuple[Any, ...]
@@ -48,16 +61,16 @@ class Call:
     autocast: torch.dtype | None
     branch: Branch | None = None
     is_part: bool = False  # some tensors are `Rows`
+    given: tuple[Any, Any] | None = None  # the pipeline's own containers
     _versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Call:
         enabled = torch.is_autocast_enabled(device.type)
         autocast = torch.get_autocast_dtype(device.type) if enabled else None
-        if torch.is_inference_mode_enabled():  # no version to check before the call is run again, so keep copies
-            args, kwargs = map_tensors(args, _copied), map_tensors(kwargs, _copied)
-        call = cls(denoiser, args, kwargs, denoiser.context, autocast)
-        call._versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        own = _own((args, kwargs))
+        call = cls(denoiser, own[0], own[1], denoiser.context, autocast, given=(args, kwargs))
+        call._versions = [(t, t._version) for t in tensors_in(own) if not t.is_inference()]
         return call
 
     def signature(self) -> Any:
@@ -68,8 +81,10 @@ class Call:
         """Whether no argument was overwritten since the call was made, so that it can be run again."""
         return all(tensor._version == version for tensor, version in self._versions)
 
-    def run(self, device: torch.device, graphs: Graphs | None = None) -> Any:
-        """The denoiser's output, on this device. Its context may have been left since, so it is entered again."""
+    def run(self, device: torch.device, graphs: Graphs | None = None, *, as_given: bool = False) -> Any:
+        """The denoiser's output, on this device. Its context may have been left since, so it is entered again.
+
+        `as_given`: with the pipeline's own containers, which it may look into later."""
         with contextlib.ExitStack() as stack:
             if self.context is not None and self.context is not self.denoiser.context:
                 stack.enter_context(caches.same_context(self.denoiser.module))
@@ -77,16 +92,20 @@ class Call:
             now = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
             if self.autocast != now:
                 stack.enter_context(torch.autocast(device.type, self.autocast, enabled=self.autocast is not None))
-            args, kwargs = self.args, self.kwargs
-            if self.is_part:
-                args, kwargs = map_tensors(args, Rows.tensor, Rows), map_tensors(kwargs, Rows.tensor, Rows)
             if graphs is not None and graphs.on:
                 try:
-                    body, tensors = encode_plain((args, kwargs))
+                    body, tensors = encode_plain(self._copies())
                     return graphs.run(self.denoiser.name, self.denoiser.module, body, cast("Any", tensors))
                 except UnshippableError as error:  # what has no bytes has no graph, and the report says so
                     graphs.eager[str(error)] += 1
-            return self.denoiser.module(*args, **kwargs)
+            if as_given and self.given is not None:
+                return self.denoiser.module(*self.given[0], **self.given[1])
+            return call_with_copies(self.denoiser.module, *self._copies())
+
+    def _copies(self) -> tuple[Any, Any]:
+        """The arguments, in new containers."""
+        copies: tuple[Any, Any] = map_tensors((self.args, self.kwargs), Rows.tensor, Rows)
+        return copies
 
     def rows(self) -> int:
         """The length of dim 0 of the main input, 0 when it has none."""
@@ -95,22 +114,63 @@ class Call:
                 return _length(self.kwargs[name])
         return next((_length(t) for t in tensors_in((self.args, self.kwargs)) if t.dim()), 0)
 
-    def split(self, branches: int) -> list[Call]:
-        """The call of each of `branches` equal groups of rows. A tensor of other rows than the main input is whole."""
+    def manners(self) -> list[Manner]:
+        """Those that cut other arguments than the ones before."""
         rows = self.rows()
-        size = rows // branches
-        if size * branches != rows:
+        tensors = list(tensors_in((self.args, self.kwargs)))
+        cuts = {manner: [_dim_of_rows(tensor, rows, manner) for tensor in tensors] for manner in reversed(MANNERS)}
+        return [manner for manner in MANNERS if manner == "rows" or cuts[manner] != cuts["rows"]]
+
+    def split(self, branches: int, manner: Manner = "rows") -> list[Call]:
+        """The call of each of `branches` equal groups of rows. A tensor that has no rows in this manner stays whole."""
+        rows = self.rows()
+        if rows % branches:
             raise ValueError(f"Expected a multiple of {branches} rows, but got {rows}.")
 
         def part(branch: int, obj: Any) -> Any:
             def take(tensor: torch.Tensor) -> torch.Tensor | Rows:
-                return Rows(tensor, branch * size, (branch + 1) * size) if _length(tensor) == rows else tensor
+                dim = _dim_of_rows(tensor, rows, manner)
+                if dim is None:
+                    return tensor
+                size = tensor.shape[dim] // branches
+                return Rows(tensor, branch * size, (branch + 1) * size, dim)
 
             return map_tensors(obj, take)
 
         return [
-            replace(self, args=part(b, self.args), kwargs=part(b, self.kwargs), is_part=True) for b in range(branches)
+            replace(self, args=part(b, self.args), kwargs=part(b, self.kwargs), is_part=True, given=None)
+            for b in range(branches)
         ]
+
+
+def _dim_of_rows(tensor: torch.Tensor, rows: int, manner: Manner) -> int | None:
+    """The dimension along which a tensor is to be cut."""
+    length = _length(tensor)
+    if length == rows or (manner == "multiples" and length > rows and length % rows == 0):
+        return 0
+    return 1 if manner == "dim 1" and tensor.dim() > 2 and tensor.shape[1] == rows else None
+
+
+def call_with_copies(module: Any, args: Any, kwargs: Any) -> Any:
+    """The output of `module`, given containers that nobody looks into afterwards: so it must not leave anything there.
+
+    Raises UnshippableError when it has."""
+    before = list(tensors_in((args, kwargs)))
+    output = module(*args, **kwargs)
+    known = set(map(id, before))
+    if any(id(tensor) not in known for tensor in tensors_in((args, kwargs))):
+        raise UnshippableError("the denoiser keeps something in one of its arguments (a cache)")
+    return output
+
+
+def _own(obj: Any) -> Any:
+    """`obj` in containers of its own. Tensors are copied in inference mode, which has no version to check later."""
+    if isinstance(obj, (tuple, list)):
+        items = [_own(item) for item in obj]
+        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+    if isinstance(obj, dict):
+        return {key: _own(value) for key, value in obj.items()}
+    return map_tensors(obj, _copied) if torch.is_inference_mode_enabled() else obj
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

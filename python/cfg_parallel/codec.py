@@ -23,14 +23,15 @@ class UnshippableError(TypeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows `start:stop` of `base`, unsliced so that the same rows of the same tensor are recognised as resident."""
+    """`start:stop` of dimension `dim` of `base`, uncut so that the same rows of a tensor are known to be resident."""
 
     base: torch.Tensor
     start: int
     stop: int
+    dim: int = 0
 
     def tensor(self) -> torch.Tensor:
-        return self.base[self.start : self.stop]
+        return self.base.narrow(self.dim, self.start, self.stop - self.start)
 
 
 _CACHE_LINE = 64  # bytes
@@ -204,7 +205,7 @@ class _PlainPickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> int | None:
         key: Any
         if isinstance(obj, Rows):
-            key = (id(obj.base), obj.start, obj.stop)
+            key = (id(obj.base), obj.start, obj.stop, obj.dim)
         elif isinstance(obj, torch.Tensor):
             obj = self._unwrap(obj)
             if type(obj) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):

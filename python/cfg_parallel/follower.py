@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cfg_parallel import caches, numerics
+from cfg_parallel.calls import call_with_copies
 from cfg_parallel.codec import decode, encode_plain
 from cfg_parallel.compiling import CompileClock, is_compiled
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
@@ -134,7 +135,7 @@ class Follower:
                 output = self._graphs.run(slot[0], module, header["body"], arguments)
             else:
                 args, kwargs = decode(header["body"], arguments)
-                output = module(*args, **kwargs)
+                output = call_with_copies(module, args, kwargs)
         self._timings.append((start, mark(self._link.device)))
         if versions != [tensor._version for tensor in tensors]:
             self._residents.pop(slot)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfg_parallel.caches import Cache
+from cfg_parallel.calls import call_with_copies
 from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
@@ -157,7 +158,7 @@ class Graphs:
         watching: Any = _notice_waits(self.device) if why is None else contextlib.nullcontext([])
         with watching as waits:
             args, kwargs = decode(body, tensors)
-            output = module(*args, **kwargs)
+            output = call_with_copies(module, args, kwargs)
         kind.host_ms = (time.perf_counter() - clock) * 1e3
         kind.marks = start, mark(self.device)
         kind.calls += 1

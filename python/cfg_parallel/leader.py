@@ -20,7 +20,7 @@ import torch
 
 from cfg_parallel import numerics
 from cfg_parallel.caches import BATCH
-from cfg_parallel.calls import Branch, Call, Denoiser, deal
+from cfg_parallel.calls import Branch, Call, Denoiser, Split, deal
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.fusion import Fusion
@@ -30,6 +30,7 @@ from cfg_parallel.pending import (
     Node,
     PendingPrediction,
     RecordingError,
+    cat_rows,
     forget_unsettled,
     is_unsettled,
     join,
@@ -95,7 +96,7 @@ class Leader:
         self.before_step: Callable[[], None] | None = None
         self._expected = 1  # calls in a step, as the last step had them
         self._templates: dict[Any, Template] = {}
-        self._splits: dict[Any, int] = {}  # signature -> branches in the batch
+        self._splits: dict[Any, Split] = {}  # by signature: the branches in the batch
         self._whole: dict[Any, str] = {}  # signature -> why its rows cannot be split
 
     def forget(self, denoiser: str) -> None:
@@ -178,9 +179,9 @@ class Leader:
             self.before_step()
         call = Call.of(denoiser, args, kwargs, self.device)
         signature = call.signature()
-        branches = self._splits.get(signature)
-        if branches is not None and not step.nodes:
-            return self._split(generation, call, signature, branches)
+        split = self._splits.get(signature)
+        if split is not None and not step.nodes:
+            return self._split(generation, call, signature, split)
         index = len(step.nodes)
         follower = self._place(generation, call, index)
         if follower is not None:
@@ -237,9 +238,9 @@ class Leader:
             generation.steps.append(generation.step)
             generation.step = Step()
 
-    def _run(self, generation: Generation, call: Call) -> Any:
+    def _run(self, generation: Generation, call: Call, *, as_given: bool = False) -> Any:
         start = mark(self.device)
-        output = call.run(self.device, self.graphs)
+        output = call.run(self.device, self.graphs, as_given=as_given)
         generation.forwards.append((start, mark(self.device)))
         generation.local_calls += 1
         return output
@@ -247,7 +248,8 @@ class Leader:
     # One call, run here.
 
     def _run_here(self, generation: Generation, call: Call, signature: Any) -> Any:
-        output = self._run(generation, call)
+        output = self._run(generation, call, as_given=True)
+        call.given = None
         step = generation.step
         step.branches += 1
         try:
@@ -343,11 +345,11 @@ class Leader:
 
     # A batch of branches, split by rows.
 
-    def _split(self, generation: Generation, call: Call, signature: Any, branches: int) -> Any:
+    def _split(self, generation: Generation, call: Call, signature: Any, split: Split) -> Any:
         """The first rows shipped, the last run here; put together again when the pipeline takes the rows apart."""
         step = generation.step
-        parts, template = self._split_rows(generation, step, call, branches)
-        rows = call.rows()
+        parts, template = self._split_rows(generation, step, call, split)
+        rows, branches = call.rows(), split.branches
         specs = [_stacked(spec, branches) for spec in template.specs]
         node: Node
 
@@ -365,10 +367,10 @@ class Leader:
         return decode(template.body, pendings)
 
     def _split_rows(
-        self, generation: Generation, step: Step, call: Call, branches: int
+        self, generation: Generation, step: Step, call: Call, split: Split
     ) -> tuple[list[list[PendingPrediction]], Template]:
-        _, followers = deal(branches, len(self.remotes) + 1)
-        calls = call.split(branches)
+        _, followers = deal(split.branches, len(self.remotes) + 1)
+        calls = call.split(*split)
         sent = [self._send(generation, c, i, f) for i, (c, f) in enumerate(zip(calls, followers, strict=False))]
         outputs = [encode_plain(self._run(generation, c)) for c in calls[len(sent) :]]
         body, last = outputs[-1]
@@ -405,26 +407,29 @@ class Leader:
         branches: int,
         whole: Sequence[torch.Tensor],
     ) -> Sequence[torch.Tensor]:
-        """The first time that a batch shows itself as one: are its rows independent? Costs one extra forward."""
+        """The first time that a batch shows itself as one: are its rows independent? Costs an extra forward."""
         if not call.unchanged():
             return whole
-        shipped = step.shipped
-        try:
-            parts, _ = self._split_rows(generation, step, call, branches)
-            joined = join(parts)
-            reason = _difference(whole, joined)
-        except (torch.OutOfMemoryError, RecordingError):
-            raise
-        except Exception as error:  # whatever a model says to a batch of another size
-            reason = f"one branch alone raised {type(error).__name__}: {error}"
-        if reason is not None:
-            self._whole[signature] = f"the rows of a batch cannot be computed apart ({reason})"
-            generation.note(self._whole[signature])
-            step.branches, step.shipped = step.branches + branches - 1, shipped
-            return whole
-        self._splits[signature] = branches
         step.branches += branches - 1
-        return joined
+        shipped = step.shipped
+        reasons: list[str] = []
+        for manner in call.manners():
+            try:
+                parts, _ = self._split_rows(generation, step, call, Split(branches, manner))
+                joined = join(parts)
+                reason = _difference(whole, joined)
+            except (torch.OutOfMemoryError, RecordingError):
+                raise
+            except Exception as error:  # whatever a model says to a batch of another size
+                reason = f"one branch alone raised {type(error).__name__}: {error}"
+            if reason is None:
+                self._splits[signature] = Split(branches, manner)
+                return joined
+            reasons.append(reason)
+            step.shipped = shipped
+        self._whole[signature] = f"the rows of a batch cannot be computed apart ({reasons[0]})"
+        generation.note(self._whole[signature])
+        return whole
 
     # Shared.
 
@@ -467,9 +472,9 @@ def _was_read(node: Node) -> bool:
 
 
 def _stacked(spec: TensorSpec, parts: int) -> TensorSpec:
-    """What `torch.cat` of so many equal parts gives; it keeps a memory format such as channels_last."""
+    """What `cat_rows` of so many equal parts gives."""
     part = torch.empty_strided(spec.shape, spec.stride, device="meta")
-    whole = torch.cat([part] * parts)
+    whole = cat_rows([part] * parts)
     return TensorSpec(tuple(whole.shape), tuple(whole.stride()), spec.dtype, spec.on_device)
 
 

@@ -95,11 +95,11 @@ class CfgParallel:
         self.disable()
 
 
-def _subclass(cls: type, namespace: dict[str, Any]) -> type:
+def _subclass(cls: type, namespace: dict[str, Any], metaclass: Any = None) -> type:
     """A subclass that passes for `cls` by name, so that messages, saving and `from_pipe` are unaffected."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    metaclass: Any = type(cls)
-    return metaclass(cls.__name__, (cls,), names | namespace)
+    subclass: type = (metaclass or type(cls))(cls.__name__, (cls,), names | namespace)
+    return subclass
 
 
 def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
@@ -149,6 +149,12 @@ def denoiser_view(denoiser: Denoiser, leader: Leader) -> torch.nn.Module:
     return view
 
 
+def _passes_for(cls: type) -> Any:
+    """A metaclass of subclasses that are equal to `cls`: a pipeline asks for `type(self.scheduler) != cls` (Bria)."""
+    namespace = {"__eq__": lambda self, other: other is self or other is cls, "__hash__": lambda self: hash(cls)}
+    return type(type(cls).__name__, (type(cls),), namespace)
+
+
 def _plain_scheduler(cls: type, state: dict[str, Any]) -> Any:
     scheduler: Any = object.__new__(cls)
     scheduler.__dict__.update(state)
@@ -191,7 +197,7 @@ def scheduler_view(scheduler: Any, coefficients: Coefficients, any_device: bool 
 
     namespace = {"set_timesteps": set_timesteps, "step": step, "__reduce_ex__": __reduce_ex__}
     namespace["_cfg_parallel_scheduler"] = scheduler
-    cls = _subclass(type(scheduler), namespace)
+    cls = _subclass(type(scheduler), namespace, _passes_for(type(scheduler)))
     view: Any = object.__new__(cls)
     object.__setattr__(view, "__dict__", scheduler.__dict__)
     return view

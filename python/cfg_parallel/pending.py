@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.codec import is_dense
 from cfg_parallel.recording import Node, RecordingError, Ref, ancestors, leaves, map_leaves, recording, replay
 
 __all__ = ["Node", "PendingPrediction", "RecordingError", "pending_outputs", "settle", "settle_all"]
@@ -251,11 +252,28 @@ def settled_outputs(values: Sequence[torch.Tensor]) -> list[PendingPrediction]:
 
 def join(parts: Sequence[Sequence[PendingPrediction]]) -> list[torch.Tensor]:
     """The outputs of a batch whose rows were split; the parts become views of it, as `chunk` would have made them."""
-    joined = [torch.cat([settle(part[i]) for part in parts]) for i in range(len(parts[0]))]
+    joined = [cat_rows([settle(part[i]) for part in parts]) for i in range(len(parts[0]))]
     chunks = [value.chunk(len(parts)) for value in joined]
     for k, part in enumerate(parts):
         if part:
             part[0]._node.settle([chunk[k] for chunk in chunks])
+    return joined
+
+
+def cat_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat` of equal parts, in the memory format of the parts, in which their model would have made the batch.
+
+    `torch.cat` keeps channels_last alone, and the order of a later sum depends on the strides."""
+    part = parts[0]
+    row = part.numel() // max(1, part.shape[0])
+    if not row or not is_dense(part[:1]):
+        return torch.cat(list(parts))
+    shape = (sum(len(each) for each in parts), *part.shape[1:])
+    joined = torch.empty_strided(shape, (row, *part.stride()[1:]), dtype=part.dtype, device=part.device)
+    start = 0
+    for each in parts:
+        joined[start : start + len(each)].copy_(each)
+        start += len(each)
     return joined
 
 
@@ -436,7 +454,7 @@ def _follow_rows(node: Node, func: Any, args: Any, waiting: list[PendingPredicti
     """Note on a call's node into how many equal parts its rows are taken apart: that tells a batch of CFG branches."""
     parent = waiting[0]._node
     leaf = parent.leaf if parent.op is not None else parent if parent.rows else None
-    if leaf is None or args[0] is not waiting[0] or not node.specs:
+    if leaf is None or not node.specs or args[0] is not waiting[0]:
         return
     shape = node.specs[0][0]
     if func in _ROW_SPLITS and waiting[0].dim() and shape != waiting[0].shape:

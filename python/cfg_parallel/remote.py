@@ -103,7 +103,7 @@ class RemoteFollower:
         self._stderr: Any = None
         self._unread: deque[RemoteCall] = deque()
         self._unpulled: deque[RemoteCall] = deque()
-        self._residents: dict[Any, list[tuple[torch.Tensor, int, int, int]]] = {}
+        self._residents: dict[Any, list[tuple[Any, ...]]] = {}
         self._settings: dict[str, Any] | None = None
 
     @classmethod
@@ -404,13 +404,13 @@ class RemoteFollower:
         return f"Its last words: {lines[-1]}" if lines else ""
 
 
-def _identity(tensor: torch.Tensor | Rows) -> tuple[torch.Tensor, int, int, int]:
+def _identity(tensor: torch.Tensor | Rows) -> tuple[Any, ...]:
     """The tensor, kept alive so that identity is sound, its version, and which rows. Version -1 never matches."""
-    base, start, stop = (tensor.base, tensor.start, tensor.stop) if isinstance(tensor, Rows) else (tensor, 0, -1)
-    return base, -1 if base.is_inference() else base._version, start, stop
+    base, *rows = (tensor.base, tensor.start, tensor.stop, tensor.dim) if isinstance(tensor, Rows) else (tensor,)
+    return base, -1 if base.is_inference() else base._version, *rows
 
 
-def _same(now: tuple[torch.Tensor, int, int, int], then: tuple[torch.Tensor, int, int, int]) -> bool:
+def _same(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:
     return now[0] is then[0] and now[1] == then[1] != -1 and now[2:] == then[2:]
 
 

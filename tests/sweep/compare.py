@@ -20,7 +20,7 @@ import torch
 
 import cfg_parallel
 from cfg_parallel import leader
-from cfg_parallel.calls import Call, Denoiser
+from cfg_parallel.calls import Call, Denoiser, Split
 from cfg_parallel.program import interpret
 from reference import concatenate
 from sweep import families
@@ -115,9 +115,9 @@ def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
 
 
 @contextmanager
-def branch_by_branch(pipe: Any, splits: dict[Any, int]) -> Iterator[None]:
-    """On one device, every batch that cfg-parallel has split (signature of a call -> branches) is run part by part."""
-    branches = {_without_context(signature): count for signature, count in splits.items()}
+def branch_by_branch(pipe: Any, splits: dict[Any, Split]) -> Iterator[None]:
+    """On one device, every batch that cfg-parallel has split (by the signature of its call) is run part by part."""
+    known = {_without_context(signature): split for signature, split in splits.items()}
     with ExitStack() as stack:
         for name in {signature[0] for signature in splits}:
             module = getattr(pipe, name)
@@ -125,8 +125,10 @@ def branch_by_branch(pipe: Any, splits: dict[Any, int]) -> Iterator[None]:
 
             def forward(*args: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
                 call = Call.of(Denoiser(name, plain), args, kwargs, CPU)
-                count = branches.get(_without_context(call.signature()))
-                return plain(*args, **kwargs) if count is None else concatenate([p.run(CPU) for p in call.split(count)])
+                split = known.get(_without_context(call.signature()))
+                return (
+                    plain(*args, **kwargs) if split is None else concatenate([p.run(CPU) for p in call.split(*split)])
+                )
 
             stack.enter_context(mock.patch.object(module, "forward", forward))
         yield
