@@ -419,3 +419,42 @@ def test_replacement_that_does_not_come_up(pipe: Any, plain: Any, monkeypatch: p
         with pytest.warns(UserWarning, match="A new one is started"):
             got = generate(pipe, QWEN.inputs())
         assert torch.equal(got, generate(plain, QWEN.inputs()))
+
+
+class Store:
+    """As LEdits++ has it: maps of every forward, which the pipeline looks into between the steps."""
+
+    def __init__(self) -> None:
+        self.maps: dict[str, list[torch.Tensor]] = {"down": []}
+
+    def __call__(self, value: torch.Tensor) -> None:
+        self.maps["down"].append(value.detach().clone())
+
+
+class StoringProcessor:
+    def __init__(self, plain: Any, store: Store) -> None:
+        self.plain, self.store = plain, store
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.store(hidden_states)
+        return self.plain(attn, hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["sd15", "qwen_image"])
+def test_what_forwards_leave_in_a_store_is_complete(name: str) -> None:
+    tiny = TINY[name]
+    plain, enabled = tiny.build(), tiny.build()
+    stores = []
+    for each in (plain, enabled):
+        denoiser = getattr(each, tiny.denoiser)
+        stores.append(Store())
+        attention = next(sub for sub in denoiser.modules() if hasattr(sub, "set_processor"))
+        attention.set_processor(StoringProcessor(attention.processor, stores[-1]))
+    expected = generate(plain, tiny.inputs())
+    with warnings.catch_warnings(record=True) as caught, enable_cfg_parallel(enabled) as handle:
+        warnings.simplefilter("always")
+        assert torch.equal(generate(enabled, tiny.inputs()), expected)
+        assert handle.report.calls_shipped == 0 and "leaves something behind" in handle.report.why
+    assert "leaves something behind" in "".join(str(each.message) for each in caught)
+    a, b = (store.maps["down"] for store in stores)
+    assert len(a) == len(b) > 0 and all(map(torch.equal, a, b))

@@ -23,7 +23,7 @@ def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
         if not isinstance(module, torch.nn.Module) or any(word in name for word in ("controlnet", "vae", "vocoder")):
             continue
         parameters = inspect.signature(unwrap(module).forward).parameters
-        if any(parameter.startswith("timestep") for parameter in parameters):
+        if any("timestep" in parameter or parameter == "t" for parameter in parameters):
             denoisers[name] = module
     if not denoisers:
         raise ConfigurationError(

@@ -25,7 +25,7 @@ from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.offload import restless
-from cfg_parallel.replica import fingerprint
+from cfg_parallel.replica import fingerprint, traces
 from cfg_parallel.timing import Mark, mark
 
 GraphMode = Literal["auto", True, False]
@@ -154,7 +154,7 @@ class Graphs:
             self._kinds.popitem(last=False)
         why = self._why_not_now(denoiser, kind)
         start, clock = mark(self.device), time.perf_counter()
-        before = fingerprint(module) if why is None else None
+        before = (fingerprint(module), traces(module)) if why is None else None
         watching: Any = _notice_waits(self.device) if why is None else contextlib.nullcontext([])
         with watching as waits:
             args, kwargs = decode(body, tensors)
@@ -206,7 +206,7 @@ class Graphs:
                 raise UncapturableError("its cache decides anew at every step what to compute")
             if waits:
                 raise UncapturableError("it waits for the GPU (.item(), a boolean mask) or copies from host memory")
-            if restless(module) or fingerprint(module) != before:
+            if restless(module) or (fingerprint(module), traces(module)) != before:
                 raise UncapturableError(
                     "it changes the denoiser's weights or settings (layerwise casting, group offload, a counter)"
                 )

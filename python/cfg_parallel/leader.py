@@ -40,6 +40,7 @@ from cfg_parallel.pending import (
 )
 from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
+from cfg_parallel.replica import traces
 from cfg_parallel.timesteps import HostKnown, plain
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.peer import Arrival
@@ -98,12 +99,15 @@ class Leader:
         self._templates: dict[Any, Template] = {}
         self._splits: dict[Any, Split] = {}  # by signature: the branches in the batch
         self._whole: dict[Any, str] = {}  # signature -> why its rows cannot be split
+        self._alone: dict[str, str] = {}  # denoiser -> why all its calls run here
 
     def forget(self, denoiser: str) -> None:
         """What was learned of a denoiser's calls, when it has changed."""
         for learned in (self._templates, self._splits, self._whole):
             for signature in [signature for signature in learned if signature[0] == denoiser]:
                 del learned[signature]  # type: ignore[attr-defined]
+        self._alone.pop(denoiser, None)
+        self._expected = 1  # its first call runs here, and is looked at
         self.graphs.forget(denoiser)
 
     def begin(self) -> Generation:
@@ -192,7 +196,11 @@ class Leader:
 
     def _place(self, generation: Generation, call: Call, index: int) -> int | None:
         """The follower that is to run the call, which is number `index` of its step; None for the leader."""
-        cache = call.denoiser.cache
+        cache, alone = call.denoiser.cache, self._alone.get(call.denoiser.name)
+        if alone is not None:
+            if index and self.remotes:
+                generation.note(alone)
+            return None
         if cache is None:
             return self._deal(self._expected, index)
         if not cache.by_context or call.context is None:
@@ -248,8 +256,7 @@ class Leader:
     # One call, run here.
 
     def _run_here(self, generation: Generation, call: Call, signature: Any) -> Any:
-        output = self._run(generation, call, as_given=True)
-        call.given = None
+        output = self._run_as_given(generation, call, signature)
         step = generation.step
         step.branches += 1
         try:
@@ -268,7 +275,8 @@ class Leader:
 
         def force() -> Sequence[torch.Tensor]:
             if may_split and len(node.row_splits) == 1:
-                why = self._whole.get(signature) if cache is None else cache.why_alone
+                why = self._alone.get(call.denoiser.name, self._whole.get(signature))
+                why = cache.why_alone if cache is not None else why
                 if why is not None:
                     generation.note(why)
                     step.branches += next(iter(node.row_splits)) - 1
@@ -279,6 +287,17 @@ class Leader:
         node, pendings = self._pending(force, specs, rows if may_split else 0)
         step.nodes.append(node)
         return decode(body, pendings)
+
+    def _run_as_given(self, generation: Generation, call: Call, signature: Any) -> Any:
+        """The first run of a call. A denoiser that leaves something behind can only run where the pipeline looks."""
+        name, module = call.denoiser.name, call.denoiser.module
+        looks = bool(self.remotes) and signature not in self._templates and name not in self._alone
+        before = traces(module) if looks else None
+        output = self._run(generation, call, as_given=True)
+        call.given = None
+        if looks and traces(module) != before:
+            self._alone[name] = "a forward leaves something behind in an object that the denoiser holds"
+        return output
 
     # One call, shipped.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+import types
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -151,6 +153,35 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
                 parts += (key, _setting(value))
     return tuple(parts)
 
+
+def traces(module: torch.nn.Module) -> list[Any]:
+    """What forwards of `module` can have left behind in plain objects that it holds, such as a store of attention maps
+    that a pipeline looks into. Not in modules themselves, where it is tables that a replica makes for itself."""
+    found: list[Any] = []
+
+    def look(value: Any, depth: int) -> None:
+        if type(value) in _SCALARS:
+            found.append(value)
+        elif isinstance(value, torch.Tensor):
+            found.append(id(value))
+        elif isinstance(value, (dict, list, tuple, set)):
+            found.append(len(value))
+            for item in value.values() if isinstance(value, dict) else value:
+                if depth:
+                    look(item, depth - 1)
+        elif depth and not isinstance(value, _NO_STORES):
+            look(getattr(value, "__dict__", None), depth - 1)
+
+    for sub in module.modules():
+        for key, value in sub.__dict__.items():
+            plain = type(value) not in _SCALARS and type(value) not in _CONTAINERS and not torch.is_tensor(value)
+            if plain and key not in _NOT_SETTINGS:
+                look(getattr(value, "__dict__", None), _TRACES_DEPTH)
+    return found
+
+
+_TRACES_DEPTH = 5
+_NO_STORES = (torch.nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 
 # `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
