@@ -54,8 +54,6 @@ def sparse_controlnet() -> diffusers.SparseControlNetModel:
         num_attention_heads=2,
         cross_attention_dim=16,
         motion_num_attention_heads=2,
-        conditioning_embedding_out_channels=(8, 8),
-        use_simplified_condition_embedding=False,
     )
 
 

@@ -42,14 +42,16 @@ def bert() -> LDMBertModel:
 
 
 def shap_e_prior(**config: Any) -> diffusers.PriorTransformer:
+    """Predicts a mean, which is used, and a variance, which is not."""
     return prior(
-        embedding_dim=16,
+        embedding_dim=8,
         embedding_proj_dim=16,
-        time_embed_dim=32,
-        num_embeddings=32,
+        clip_embed_dim=16,
+        num_embeddings=4,
         additional_embeddings=0,
         time_embed_act_fn="gelu",
         norm_in_type="layer",
+        encoder_hid_proj_type=None,
         added_emb_type=None,
         **config,
     )
@@ -84,7 +86,7 @@ def svd_unet() -> diffusers.UNetSpatioTemporalConditionModel:
 
 def renderer() -> ShapERenderer:
     return ShapERenderer(
-        param_shapes=((8, 93), (8, 8), (8, 8), (8, 8)), d_latent=16, d_hidden=8, n_output=12, n_hidden_layers=6
+        param_shapes=((8, 93), (8, 8), (8, 8), (8, 8)), d_latent=8, d_hidden=8, n_output=12, n_hidden_layers=6
     )
 
 
@@ -94,7 +96,7 @@ CASES = [
         {"transformer": dit, "scheduler": lambda: diffusers.DDIMScheduler()},
         {"class_labels": [3], "output_type": "pt"},
     ),
-    Case("LDMTextToImagePipeline", {"vqvae": lambda: models.vae(4), "bert": bert, "tokenizer": models.clip_tokenizer}),
+    Case("LDMTextToImagePipeline", {"vqvae": lambda: models.vae(4), "bert": bert, "tokenizer": lambda: models.clip_tokenizer(), "scheduler": lambda: diffusers.DDIMScheduler(**models.SD_BETAS)}),
     Case(
         "ShapEPipeline",
         {"prior": lambda: shap_e_prior(), "scheduler": heun, "shap_e_renderer": renderer},
@@ -102,7 +104,7 @@ CASES = [
     Case(
         "ShapEImg2ImgPipeline",
         {
-            "prior": lambda: shap_e_prior(embedding_proj_norm_type="layer", encoder_hid_proj_type=None),
+            "prior": lambda: shap_e_prior(embedding_proj_norm_type="layer"),
             "image_encoder": lambda: image_encoder(CLIPVisionModel),
             "image_processor": image_processor,
             "scheduler": heun,
@@ -115,7 +117,7 @@ CASES = [
         {
             "vae": svd_vae,
             "unet": svd_unet,
-            "image_encoder": image_encoder,
+            "image_encoder": lambda: image_encoder(image_size=224, patch_size=56),
             "feature_extractor": image_processor,
             "scheduler": lambda: diffusers.EulerDiscreteScheduler(prediction_type="v_prediction", **models.SD_BETAS),
         },

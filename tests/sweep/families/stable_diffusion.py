@@ -28,7 +28,9 @@ def unet(in_channels: int = 4, **config: Any) -> diffusers.UNet2DConditionModel:
     return models.unet(16, in_channels=in_channels, out_channels=4, sample_size=8, **config)
 
 
-def image_encoder(cls: type = CLIPVisionModelWithProjection) -> CLIPVisionModelWithProjection | CLIPVisionModel:
+def image_encoder(
+    cls: type = CLIPVisionModelWithProjection, image_size: int = 16, patch_size: int = 8
+) -> CLIPVisionModelWithProjection | CLIPVisionModel:
     return cls(
         CLIPVisionConfig(
             hidden_size=16,
@@ -36,8 +38,8 @@ def image_encoder(cls: type = CLIPVisionModelWithProjection) -> CLIPVisionModelW
             projection_dim=16,
             num_hidden_layers=1,
             num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
+            image_size=image_size,
+            patch_size=patch_size,
         )
     )
 
@@ -91,6 +93,16 @@ def prior(**config: Any) -> diffusers.PriorTransformer:
     return diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=8, num_layers=1, **config)
 
 
+def three_levels() -> diffusers.UNet2DConditionModel:
+    """LEDITS++ reads attention maps of a quarter of the latents' size."""
+    return diffusers.UNet2DConditionModel.from_config(
+        unet().config,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+
+
 def invert(pipe: Any) -> None:
     pipe.invert(image=picture(0, 32, 32), num_inversion_steps=4, skip=0.1)
 
@@ -98,7 +110,6 @@ def invert(pipe: Any) -> None:
 MASK = {"image": image, "mask_image": lambda: picture(1, 16, 16).convert("L")}
 CONTROL = {"controlnet": controlnet}
 CONTROL_IMAGE = {"control_image": lambda: picture(2, 16, 16)}
-PAG = {"pag_scale": 0.0}
 UNCLIP: Mapping[str, Any] = {
     "image_normalizer": lambda: StableUnCLIPImageNormalizer(embedding_dim=16),
     "image_noising_scheduler": lambda: diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
@@ -177,6 +188,7 @@ CASES = [
         "LEditsPPPipelineStableDiffusion",
         NO_CHECKER
         | {
+            "unet": three_levels,
             "scheduler": lambda: diffusers.DPMSolverMultistepScheduler(
                 algorithm_type="sde-dpmsolver++", solver_order=2, **models.SD_BETAS
             )
