@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.deprecated.blip_diffusion.blip_image_processing import BlipImageProcessor
 from diffusers.pipelines.deprecated.blip_diffusion.modeling_ctx_clip import ContextCLIPTextModel
 
@@ -16,12 +16,12 @@ from sweep.families.stable_diffusion import controlnet, unet
 from tiny import picture
 
 
-class QFormer(torch.nn.Module):
+class QFormer(diffusers.ModelMixin, diffusers.ConfigMixin):
     """In the place of Blip2QFormerModel, which asks for methods that transformers 5 does not have."""
 
+    @register_to_config
     def __init__(self, num_query_tokens: int = 2) -> None:
         super().__init__()
-        self.config = SimpleNamespace(num_query_tokens=num_query_tokens)
         self.proj_layer = torch.nn.Linear(3, num_query_tokens * 16)
 
     def forward(self, image_input: torch.Tensor, text_input: Any = None, return_dict: bool = False) -> torch.Tensor:

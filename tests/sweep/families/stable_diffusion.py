@@ -45,10 +45,7 @@ def image_encoder(
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": 16},
-        crop_size={"height": 16, "width": 16},
-    )
+    return CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
 
 def controlnet() -> diffusers.ControlNetModel:
@@ -165,7 +162,6 @@ CASES = [
         {
             "unet": lambda: unet(7, num_class_embeds=1000),
             "low_res_scheduler": lambda: diffusers.DDPMScheduler(),
-            "vae": lambda: models.vae(4),
         },
         {"image": image},
     ),
@@ -191,7 +187,7 @@ CASES = [
             "unet": three_levels,
             "scheduler": lambda: diffusers.DPMSolverMultistepScheduler(
                 algorithm_type="sde-dpmsolver++", solver_order=2, **models.SD_BETAS
-            )
+            ),
         },
         {"editing_prompt": models.PROMPTS, "edit_guidance_scale": [5.0, 4.0]},
         {"editing_prompt": None},
