@@ -9,10 +9,10 @@ from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 
 import torch
 
-from sweep.build import Case, image
+from sweep.build import Case
 from sweep.families.video_parts import TEXT_LENGTH, frames
+from tiny import picture
 
-SIZE = {"sample_width": 2, "sample_height": 2, "sample_frames": 5}
 DENOISER = {
     "num_attention_heads": 3,
     "attention_head_dim": 16,
@@ -22,8 +22,16 @@ DENOISER = {
     "num_layers": 1,
     "max_text_seq_length": 16,
     "use_rotary_positional_embeddings": True,
-    **SIZE,
+    "sample_width": 4,
+    "sample_height": 4,
+    "sample_frames": 5,
 }
+
+CALL = {**TEXT_LENGTH, "height": 32, "width": 32}
+
+
+def image() -> Any:
+    return picture(0, 32, 32)
 
 
 def transformer(in_channels: int) -> Any:
@@ -36,8 +44,8 @@ def vae() -> Any:
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,
-        sample_height=16,
-        sample_width=16,
+        sample_height=32,
+        sample_width=32,
     )
 
 
@@ -82,17 +90,17 @@ def face(*shape: int) -> torch.Tensor:
 
 
 CASES = [
-    Case("CogVideoXPipeline", parts(4, diffusers.CogVideoXDDIMScheduler), TEXT_LENGTH),
-    Case("CogVideoXImageToVideoPipeline", parts(8), TEXT_LENGTH),
+    Case("CogVideoXPipeline", parts(4, diffusers.CogVideoXDDIMScheduler), CALL),
+    Case("CogVideoXImageToVideoPipeline", parts(8), {**CALL, "image": image}),
     Case(
-        "CogVideoXVideoToVideoPipeline", parts(4), {**TEXT_LENGTH, "video": lambda: frames(5), "strength": 1.0}
+        "CogVideoXVideoToVideoPipeline", parts(4), {**CALL, "video": lambda: frames(5, 32), "strength": 1.0}
     ),
-    Case("CogVideoXFunControlPipeline", parts(8, diffusers.CogVideoXDDIMScheduler), {**TEXT_LENGTH, "control_video": lambda: frames(5)}),
+    Case("CogVideoXFunControlPipeline", parts(8, diffusers.CogVideoXDDIMScheduler), {**CALL, "control_video": lambda: frames(5, 32)}),
     ConsisIDCase(
         "ConsisIDPipeline",
         {**parts(8), "transformer": consisid_transformer},
         {
-            **TEXT_LENGTH,
+            **CALL,
             "image": image,
             "id_vit_hidden": lambda: [face(1, 2, 8) for _ in range(5)],
             "id_cond": lambda: face(1, 8),

@@ -1,4 +1,4 @@
-"""Cosmos 1, Predict 2 and 2.5, Transfer 2.5."""
+"""Cosmos 1, Predict 2 and 2.5, Transfer 2.5, Cosmos 3."""
 
 from __future__ import annotations
 
@@ -126,6 +126,30 @@ def controlnet() -> Any:
     )
 
 
+def cosmos3() -> dict[str, Any]:
+    return {
+        "transformer": lambda: diffusers.Cosmos3OmniTransformer(
+            head_dim=12,
+            hidden_size=24,
+            intermediate_size=16,
+            latent_channel=16,
+            patch_latent_dim=64,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            num_key_value_heads=1,
+            vocab_size=len(byte_tokenizer(VISION_TOKENS)),
+            rope_axes_dim=(2, 2, 2),
+        ),
+        "text_tokenizer": lambda: byte_tokenizer(VISION_TOKENS),
+        "vae": wan_vae,
+        "scheduler": lambda: diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, use_karras_sigmas=True
+        ),
+        "enable_safety_checker": False,
+    }
+
+
+VISION_TOKENS = ("<|vision_start|>",)
 CASES = [
     Case("CosmosTextToWorldPipeline", cosmos1(16), TEXT_LENGTH),
     Case("CosmosVideoToWorldPipeline", cosmos1(17), {**TEXT_LENGTH, "video": lambda: frames(1), "num_frames": 17}),
@@ -142,4 +166,5 @@ CASES = [
         },
     ),
     Case("Cosmos2_5_PredictBasePipeline", cosmos2_5(), {"max_sequence_length": 128, "image": image}),
+    Case("Cosmos3OmniPipeline", cosmos3(), {"use_system_prompt": False}),
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import diffusers
-from transformers import SiglipImageProcessorPil, T5Gemma2EncoderConfig
+from transformers import T5Gemma2EncoderConfig
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
 import tiny_models as models
