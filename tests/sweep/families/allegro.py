@@ -24,4 +24,6 @@ PARTS = {
     "scheduler": lambda: diffusers.EulerAncestralDiscreteScheduler(),
 }
 
-CASES = [Case("AllegroPipeline", PARTS, {**TEXT_LENGTH, "height": 48, "width": 48, "num_frames": 12, "clean_caption": False})]
+CASES = [
+    Case("AllegroPipeline", PARTS, {**TEXT_LENGTH, "height": 48, "width": 48, "num_frames": 12, "clean_caption": False})
+]

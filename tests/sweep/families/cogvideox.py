@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
-
 import torch
+from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 
 from sweep.build import Case
 from sweep.families.video_parts import TEXT_LENGTH, frames
@@ -92,10 +91,12 @@ def face(*shape: int) -> torch.Tensor:
 CASES = [
     Case("CogVideoXPipeline", parts(4, diffusers.CogVideoXDDIMScheduler), CALL),
     Case("CogVideoXImageToVideoPipeline", parts(8), {**CALL, "image": image}),
+    Case("CogVideoXVideoToVideoPipeline", parts(4), {**CALL, "video": lambda: frames(5, 32), "strength": 1.0}),
     Case(
-        "CogVideoXVideoToVideoPipeline", parts(4), {**CALL, "video": lambda: frames(5, 32), "strength": 1.0}
+        "CogVideoXFunControlPipeline",
+        parts(8, diffusers.CogVideoXDDIMScheduler),
+        {**CALL, "control_video": lambda: frames(5, 32)},
     ),
-    Case("CogVideoXFunControlPipeline", parts(8, diffusers.CogVideoXDDIMScheduler), {**CALL, "control_video": lambda: frames(5, 32)}),
     ConsisIDCase(
         "ConsisIDPipeline",
         {**parts(8), "transformer": consisid_transformer},

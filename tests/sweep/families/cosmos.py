@@ -40,7 +40,7 @@ if not is_torchvision_available():
 
 
 class Unchecked:
-    """In the place of the safety checker, which is downloaded."""
+    """In the place of the safety checker, which would be downloaded."""
 
     def to(self, device: Any) -> Unchecked:
         return self
@@ -63,6 +63,7 @@ DENOISER = {
     "out_channels": 16,
 }
 
+VISION_TOKENS = ("<|vision_start|>",)
 PROJECTION = {
     "use_crossattn_projection": True,
     "crossattn_proj_in_channels": 16,
@@ -110,9 +111,7 @@ def cosmos2_5(**config: Any) -> dict[str, Any]:
     return cosmos2(17) | {
         "tokenizer": byte_tokenizer,
         "text_encoder": models.qwen_text_encoder,
-        "transformer": lambda: transformer(
-            17, extra_pos_embed_type=None, **PROJECTION, **config
-        ),
+        "transformer": lambda: transformer(17, extra_pos_embed_type=None, **PROJECTION, **config),
         "scheduler": lambda: diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, use_karras_sigmas=True
         ),
@@ -149,7 +148,6 @@ def cosmos3() -> dict[str, Any]:
     }
 
 
-VISION_TOKENS = ("<|vision_start|>",)
 CASES = [
     Case("CosmosTextToWorldPipeline", cosmos1(16), TEXT_LENGTH),
     Case("CosmosVideoToWorldPipeline", cosmos1(17), {**TEXT_LENGTH, "video": lambda: frames(1), "num_frames": 17}),
