@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -107,8 +108,21 @@ class Call:
         copies: tuple[Any, Any] = map_tensors((self.args, self.kwargs), Rows.tensor, Rows)
         return copies
 
+    def is_listed(self) -> bool:
+        """Whether the batch is a list of rows: tensors, or lists of them (Z-Image)."""
+        return self._listed() is not None
+
+    def _listed(self) -> Sequence[Any] | None:
+        main = (
+            self.args[0] if self.args else next((v for v in map(self.kwargs.get, _MAIN_INPUTS) if v is not None), None)
+        )
+        return main if isinstance(main, list) and main and next(tensors_in(main), None) is not None else None
+
     def rows(self) -> int:
         """The length of dim 0 of the main input, 0 when it has none."""
+        listed = self._listed()
+        if listed is not None:
+            return len(listed)
         for name in _MAIN_INPUTS:
             if isinstance(self.kwargs.get(name), torch.Tensor):
                 return _length(self.kwargs[name])
@@ -135,8 +149,15 @@ class Call:
                 size = tensor.shape[dim] // branches
                 return Rows(tensor, branch * size, (branch + 1) * size, dim)
 
+            if listed and isinstance(obj, list) and len(obj) == rows:
+                return obj[branch * rows // branches : (branch + 1) * rows // branches]
+            if isinstance(obj, tuple) and not hasattr(obj, "_fields"):
+                return tuple(part(branch, item) for item in obj)
+            if isinstance(obj, dict):
+                return {key: part(branch, value) for key, value in obj.items()}
             return map_tensors(obj, take)
 
+        listed = self.is_listed()
         return [
             replace(self, args=part(b, self.args), kwargs=part(b, self.kwargs), is_part=True, given=None)
             for b in range(branches)

@@ -270,7 +270,9 @@ class Leader:
         self._templates[signature] = Template(body, specs)
         rows = call.rows()
         cache = call.denoiser.cache
-        may_split = bool(self.remotes) and rows > 1 and all(spec.shape[:1] == (rows,) for spec in specs)
+        listed = call.is_listed()
+        by_rows = len(specs) == rows if listed else all(spec.shape[:1] == (rows,) for spec in specs)
+        may_split = bool(self.remotes) and rows > 1 and by_rows
         node: Node
 
         def force() -> Sequence[torch.Tensor]:
@@ -284,7 +286,7 @@ class Leader:
                 return self._try_split(generation, step, call, signature, next(iter(node.row_splits)), values)
             return values
 
-        node, pendings = self._pending(force, specs, rows if may_split else 0)
+        node, pendings = self._pending(force, specs, rows if may_split else 0, listed)
         step.nodes.append(node)
         return decode(body, pendings)
 
@@ -368,22 +370,23 @@ class Leader:
         """The first rows shipped, the last run here; put together again when the pipeline takes the rows apart."""
         step = generation.step
         parts, template = self._split_rows(generation, step, call, split)
-        rows, branches = call.rows(), split.branches
-        specs = [_stacked(spec, branches) for spec in template.specs]
+        rows, branches, listed = call.rows(), split.branches, call.is_listed()
+        whole = self._templates[signature]
+        specs = whole.specs if listed else [_stacked(spec, branches) for spec in template.specs]
         node: Node
 
         def force() -> Sequence[torch.Tensor]:
             if branches in node.row_splits:
-                return join(parts)
+                return join(parts, listed)
             del self._splits[signature]  # the rows stayed together, so they are no branches: run it as one device would
             generation.note("a batch was split that the pipeline then used whole; it was run again")
             return self._run_whole(generation, call)
 
-        node, pendings = self._pending(force, specs, rows)
+        node, pendings = self._pending(force, specs, rows, listed)
         node.parts = parts
         step.branches += branches
         step.nodes.append(node)
-        return decode(template.body, pendings)
+        return decode(whole.body, pendings)
 
     def _split_rows(
         self, generation: Generation, step: Step, call: Call, split: Split
@@ -435,7 +438,7 @@ class Leader:
         for manner in call.manners():
             try:
                 parts, _ = self._split_rows(generation, step, call, Split(branches, manner))
-                joined = join(parts)
+                joined = join(parts, call.is_listed())
                 reason = _difference(whole, joined)
             except (torch.OutOfMemoryError, RecordingError):
                 raise
@@ -452,10 +455,12 @@ class Leader:
 
     # Shared.
 
-    def _pending(self, force: Any, specs: Sequence[TensorSpec], rows: int = 0) -> tuple[Node, list[PendingPrediction]]:
+    def _pending(
+        self, force: Any, specs: Sequence[TensorSpec], rows: int = 0, listed: bool = False
+    ) -> tuple[Node, list[PendingPrediction]]:
         cpu = torch.device("cpu")
         metas = [(s.shape, s.stride, s.dtype, self.device if s.on_device else cpu) for s in specs]
-        return pending_outputs(force, metas, rows)
+        return pending_outputs(force, metas, rows, listed)
 
     def _give_up(self, generation: Generation, follower: int, error: Exception, call: Call | None = None) -> None:
         """One warning for each follower and generation; what it owes and would have got is run here."""

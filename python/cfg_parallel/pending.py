@@ -227,13 +227,15 @@ def pending_outputs(
     force: Callable[[], Sequence[torch.Tensor]],
     specs: Sequence[tuple[Sequence[int], Sequence[int], torch.dtype, torch.device]],
     rows: int = 0,
+    listed: bool = False,
 ) -> tuple[Node, list[PendingPrediction]]:
     """The outputs of one denoiser call: `force()` gives their values, `specs` their shape, stride, dtype and device.
 
-    `rows` > 0 asks to note into how many parts dim 0 is taken apart (`Node.row_splits`)."""
+    `rows` > 0 asks to note into how many parts dim 0 is taken apart, or with `listed` the outputs themselves
+    (`Node.row_splits`)."""
     metas = [(tuple(shape), tuple(stride), dtype) for shape, stride, dtype, _ in specs]
     node = Node(None, metas, specs[0][3] if specs else torch.device("cpu"), force=force)
-    node.rows = rows
+    node.rows, node.is_listed = rows, listed
     return node, [PendingPrediction(node, i, *spec) for i, spec in enumerate(specs)]
 
 
@@ -250,8 +252,12 @@ def settled_outputs(values: Sequence[torch.Tensor]) -> list[PendingPrediction]:
     return outputs
 
 
-def join(parts: Sequence[Sequence[PendingPrediction]]) -> list[torch.Tensor]:
-    """The outputs of a batch whose rows were split; the parts become views of it, as `chunk` would have made them."""
+def join(parts: Sequence[Sequence[PendingPrediction]], listed: bool = False) -> list[torch.Tensor]:
+    """The outputs of a batch whose rows were split; the parts become views of it, as `chunk` would have made them.
+
+    `listed`: the rows are outputs of their own."""
+    if listed:
+        return [settle(output) for part in parts for output in part]
     joined = [cat_rows([settle(part[i]) for part in parts]) for i in range(len(parts[0]))]
     chunks = [value.chunk(len(parts)) for value in joined]
     for k, part in enumerate(parts):
@@ -454,6 +460,9 @@ def _follow_rows(node: Node, func: Any, args: Any, waiting: list[PendingPredicti
     """Note on a call's node into how many equal parts its rows are taken apart: that tells a batch of CFG branches."""
     parent = waiting[0]._node
     leaf = parent.leaf if parent.op is not None else parent if parent.rows else None
+    if leaf is not None and leaf.is_listed:
+        _follow_listed_rows(node, leaf, waiting)
+        return
     if leaf is None or not node.specs or args[0] is not waiting[0]:
         return
     shape = node.specs[0][0]
@@ -470,6 +479,18 @@ def _follow_rows(node: Node, func: Any, args: Any, waiting: list[PendingPredicti
     kept = all(spec[0][:1] == (leaf.rows,) for spec in node.specs) and waiting[0].shape[:1] == (leaf.rows,)
     if kept and _keeps_rows(func, args, waiting[0].dim()):
         node.leaf = leaf
+
+
+def _follow_listed_rows(node: Node, leaf: Node, waiting: list[PendingPrediction]) -> None:
+    """Rows that are outputs of their own are of two branches when they are combined: `pos[i] - neg[i]`."""
+    places = [(p._node, p._index) if p._node.op is None else (p._node.leaf, p._node.row) for p in waiting]
+    rows = {row for source, row in places if source is leaf and row is not None}
+    if len(rows) == 1 and all(source is leaf for source, _ in places):
+        node.leaf, node.row = leaf, rows.pop()
+    elif len(rows) == 2:
+        distance = max(rows) - min(rows)
+        if leaf.rows % distance == 0 and leaf.rows > distance:
+            leaf.row_splits.add(leaf.rows // distance)
 
 
 def _keeps_rows(func: Any, args: Any, rank: int) -> bool:

@@ -39,11 +39,13 @@ class Node:
         "device",
         "force",
         "handed_out",
+        "is_listed",
         "kwargs",
         "leaf",
         "left_by",
         "op",
         "parts",
+        "row",
         "row_splits",
         "rows",
         "settled_versions",
@@ -74,6 +76,8 @@ class Node:
         self.handed_out = False  # whether somebody may write to its memory unseen
         self.leaf: Node | None = None  # the call whose rows this node still has, one to one
         self.rows = 0
+        self.row: int | None = None  # of a batch whose rows are the outputs of a call: which of them this was made of
+        self.is_listed = False  # its rows are outputs of their own
         self.row_splits: set[int] = set()  # into how many equal parts the rows of this call were taken apart
         self.parts: Sequence[Sequence[Any]] = ()  # the outputs of a batch that was split, part by part
         # Of a call: its output where another device writes it, for a kernel that waits for it there; None if it cannot.
