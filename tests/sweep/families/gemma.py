@@ -13,7 +13,7 @@ from sweep.build import Case
 @functools.cache
 def tokenizer() -> GemmaTokenizer:
     """A token for each letter."""
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.ascii_letters, *string.digits, ",", ".", ":"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.ascii_letters, *string.digits, *",.:"]
     return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=40)
 
 

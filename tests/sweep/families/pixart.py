@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import diffusers
 
-import tiny_models as models
 from sweep.build import Case
 
 
