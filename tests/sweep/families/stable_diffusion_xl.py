@@ -114,7 +114,7 @@ CASES = [
                 algorithm_type="sde-dpmsolver++", **models.SD_BETAS
             )
         },
-        {"editing_prompt": [models.PROMPTS[1]], "edit_guidance_scale": 5.0, "edit_threshold": 0.5},
+        {"editing_prompt": models.PROMPTS, "edit_guidance_scale": 5.0, "edit_threshold": 0.5},
         off={"editing_prompt": None},
         prepare=invert,
     ),
