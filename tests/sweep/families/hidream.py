@@ -29,7 +29,7 @@ def transformer() -> Any:
         num_activated_experts=1,
         axes_dims_rope=(4, 2, 2),
         max_resolution=(8, 8),
-        llama_layers=(0, 1),
+        llama_layers=(0, 2),
     )
 
 
@@ -39,7 +39,7 @@ def shrink(pipe: Any) -> None:
 
 PARTS = {
     "transformer": transformer,
-    "text_encoder_4": lambda: LlamaForCausalLM(decoder(LlamaConfig, TOKENIZER)),
+    "text_encoder_4": lambda: LlamaForCausalLM(decoder(LlamaConfig, TOKENIZER, layers=3)),
     "tokenizer_4": TOKENIZER,
 }
 
