@@ -54,7 +54,6 @@ EDIT = json.dumps({"edit_instruction": models.PROMPTS[0]})
 SIZE = {"height": 64, "width": 64}
 
 
-
 def few_layers(pipe: Any) -> None:
     """It stacks hidden states of 35 layers."""
     pipe.text_encoder_out_layers = ((0, 1, 2), (0, 1, 2))

@@ -35,9 +35,7 @@ SHARED = {
     "scheduler": diffusers.DDPMWuerstchenScheduler(),
 }
 PRIOR = SHARED | {
-    "prior": lambda: unet(
-        clip_text_in_channels=CLIP_WIDTH, clip_image_in_channels=CLIP_WIDTH, switch_level=(False,)
-    ),
+    "prior": lambda: unet(clip_text_in_channels=CLIP_WIDTH, clip_image_in_channels=CLIP_WIDTH, switch_level=(False,)),
     "resolution_multiple": 2.0,
 }
 DECODER = SHARED | {
