@@ -153,7 +153,7 @@ INPAINT = {"image": image, "mask_image": lambda: picture(1, 16, 16).convert("L")
 
 CASES = [
     Case("KandinskyPipeline", KANDINSKY, PIXELS),
-    Case("KandinskyImg2ImgPipeline", KANDINSKY, PIXELS | FROM_IMAGE),
+    Case("KandinskyImg2ImgPipeline", KANDINSKY, PIXELS | FROM_IMAGE | {"strength": 0.75}),
     Case("KandinskyInpaintPipeline", KANDINSKY | {"unet": lambda: text_unet(9)}, PIXELS | INPAINT),
     Case("KandinskyPriorPipeline", PRIOR, {"output_type": "pt"}, prepare=spread),
     Case("KandinskyV22Pipeline", V22, EMBEDS),

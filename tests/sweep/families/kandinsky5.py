@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -56,18 +57,19 @@ def processor() -> Any:
     return models.ImageOnlyProcessor(Qwen2VLImageProcessorPil(), models.qwen_tokenizer())
 
 
-def short_template(pipe: Any) -> None:
-    pipe.prompt_template = "<|im_start|>{}<|im_end|>"
-    pipe.prompt_template_encode_start_idx = 1
+def short(template: str) -> Callable[[Any], None]:
+    """A template of one token before the prompt, and small pictures where the pipeline takes a megapixel only."""
+
+    def prepare(pipe: Any) -> None:
+        pipe.prompt_template = template
+        pipe.prompt_template_encode_start_idx = 1
+        pipe.resolutions = [(32, 32)]
+
+    return prepare
 
 
-def small_pictures(pipe: Any) -> None:
-    """It makes a picture a megapixel."""
-    pipe.prompt_template = "<|im_start|>{}<|vision_start|><|image_pad|><|vision_end|><|im_end|>"
-    pipe.prompt_template_encode_start_idx = 1
-    pipe.resolutions = [(32, 32)]
-
-
+SHORT = short("<|im_start|>{}<|im_end|>")
+SHORT_WITH_IMAGE = short("<|im_start|>{}<|vision_start|><|image_pad|><|vision_end|><|im_end|>")
 SHARED = {"text_encoder": models.qwen_text_encoder, "tokenizer": processor}
 TEXT_TO_IMAGE = SHARED | {"vae": image_vae, "transformer": lambda: transformer(False)}
 IMAGE_TO_IMAGE = TEXT_TO_IMAGE | {"transformer": lambda: transformer(True)}
@@ -86,16 +88,10 @@ KANDINSKY6 = SHARED | {
     ),
 }
 
-
-def small_text_to_image(pipe: Any) -> None:
-    short_template(pipe)
-    pipe.resolutions = [(32, 32)]
-
-
 CASES = [
-    Case("Kandinsky5T2IPipeline", TEXT_TO_IMAGE, SIZE, prepare=small_text_to_image),
-    Case("Kandinsky5I2IPipeline", IMAGE_TO_IMAGE, SIZE, prepare=small_pictures),
-    Case("Kandinsky5T2VPipeline", VIDEO, SIZE, prepare=short_template),
-    Case("Kandinsky5I2VPipeline", VIDEO, SIZE | {"num_frames": 17}, prepare=short_template),
+    Case("Kandinsky5T2IPipeline", TEXT_TO_IMAGE, SIZE, prepare=SHORT),
+    Case("Kandinsky5I2IPipeline", IMAGE_TO_IMAGE, SIZE, prepare=SHORT_WITH_IMAGE),
+    Case("Kandinsky5T2VPipeline", VIDEO, SIZE, prepare=SHORT),
+    Case("Kandinsky5I2VPipeline", VIDEO, SIZE | {"num_frames": 17}, prepare=SHORT),
     Case("Kandinsky6TI2VAPipeline", KANDINSKY6, SIZE | {"image": image, "max_sequence_length": 256}),
 ]
