@@ -62,16 +62,21 @@ def _small(cls: Any) -> Any:
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": __name__})
 
 
+def changed(model: Any, **changes: Any) -> Any:
+    """A new model of another configuration."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return type(model)(**config | changes)
+
+
 def layered_transformer() -> diffusers.QwenImageTransformer2DModel:
-    config = dict(models.qwen_image().transformer.config)
-    return diffusers.QwenImageTransformer2DModel.from_config(
-        config | {"use_additional_t_cond": True, "use_layer3d_rope": True}
-    )
+    extra = {"use_additional_t_cond": True, "use_layer3d_rope": True}
+    return changed(models.qwen_image().transformer, in_channels=32, out_channels=8, **extra)
 
 
 def layered_vae() -> diffusers.AutoencoderKLQwenImage:
-    config = dict(models.qwen_image().vae.config)
-    return diffusers.AutoencoderKLQwenImage.from_config(config | {"input_channels": 4})
+    """Of pictures with an alpha channel, and another number of latent channels: four would be taken for latents."""
+    latents = {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
+    return changed(models.qwen_image().vae, input_channels=4, **latents)
 
 
 QWEN = parts_of(models.qwen_image, "transformer", "scheduler", "vae", "text_encoder", "tokenizer")
@@ -96,6 +101,6 @@ CASES = [
     SmallPictures(
         "QwenImageLayeredPipeline",
         {**EDIT, "transformer": layered_transformer, "vae": layered_vae},
-        {"image": lambda: image().convert("RGBA"), "layers": 2},
+        {"image": lambda: image().convert("RGBA"), "layers": 2, "cfg_normalize": True, "output_type": "pt"},
     ),
 ]

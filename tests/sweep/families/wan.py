@@ -52,7 +52,6 @@ def video(frames: int = 5, size: int = 16) -> list[Any]:
 
 WAN = parts_of(models.wan, "transformer", "scheduler", "vae", "text_encoder", "tokenizer")
 TWO = {**WAN, "transformer_2": WAN["transformer"], "boundary_ratio": 0.9}
-CONCATENATED = transformer(in_channels=16 + 16 + 4)
 WITH_PICTURE = {
     **WAN,
     "transformer": transformer(in_channels=16 + 16 + 4, image_dim=16),
@@ -66,7 +65,23 @@ SKYREELS_PICTURE = {
     "image_encoder": lambda: image_encoder(CLIPVisionModelWithProjection),
 }
 FORCING = {**LENGTH, "num_frames": 9, "base_num_frames": 9}
+LONG = {**FORCING, "num_frames": 13, "overlap_history": 5}
 VACE = transformer(diffusers.WanVACETransformer3DModel, vace_layers=[0, 1], vace_in_channels=96)
+ANIMATE = transformer(
+    diffusers.WanAnimateTransformer3DModel,
+    in_channels=16 + 16 + 4,
+    latent_channels=16,
+    image_dim=16,
+    motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+    motion_encoder_size=16,
+    motion_style_dim=8,
+    motion_dim=4,
+    motion_encoder_dim=8,
+    face_encoder_hidden_dim=16,
+    face_encoder_num_heads=2,
+    inject_face_latents_blocks=2,
+    motion_encoder_batch_size=2,
+)
 
 CASES = [
     Case("WanPipeline", TWO, LENGTH),
@@ -87,9 +102,20 @@ CASES = [
         {**WITH_PICTURE, "transformer": transformer(diffusers.ChronoEditTransformer3DModel, in_channels=36, image_dim=16)},
         {**LENGTH, "image": image},
     ),
+    Case(
+        "WanAnimatePipeline",
+        {**WITH_PICTURE, "transformer": ANIMATE},
+        {
+            **LENGTH,
+            "image": image,
+            "pose_video": video,
+            "face_video": video,
+            "segment_frame_length": 5,
+        },
+    ),
     Case("SkyReelsV2Pipeline", SKYREELS, LENGTH),
     Case("SkyReelsV2ImageToVideoPipeline", SKYREELS_PICTURE, {**LENGTH, "image": image}),
     Case("SkyReelsV2DiffusionForcingPipeline", SKYREELS, FORCING),
     Case("SkyReelsV2DiffusionForcingImageToVideoPipeline", SKYREELS, {**FORCING, "image": image}),
-    Case("SkyReelsV2DiffusionForcingVideoToVideoPipeline", SKYREELS, {**FORCING, "video": video}),
+    Case("SkyReelsV2DiffusionForcingVideoToVideoPipeline", SKYREELS, {**LONG, "video": video}),
 ]
