@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 
 import tiny_models as models
 from sweep.build import Case, image
+from sweep.families.from_tiny import LENGTH, parts_of
 from tiny import picture
-
-
-def parts_of(make: Callable[[], Any], *names: str) -> dict[str, Callable[[], Any]]:
-    """The named components of a tiny pipeline."""
-    return {name: lambda name=name: getattr(make(), name) for name in names}
 
 
 def mask() -> Any:
@@ -42,7 +37,6 @@ def chroma_inpaint_transformer() -> diffusers.ChromaTransformer2DModel:
 
 FLUX = parts_of(models.flux, "transformer", "scheduler", "vae")
 CHROMA = parts_of(models.chroma, "transformer", "scheduler", "vae")
-LENGTH = {"max_sequence_length": 40}
 IMAGE = {**LENGTH, "image": image, "strength": 1.0}
 INPAINT = {**IMAGE, "mask_image": mask}
 KONTEXT = {**LENGTH, "image": image, "max_area": 16 * 16, "_auto_resize": False}

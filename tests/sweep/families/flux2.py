@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import diffusers
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import tiny_models as models
 from sweep.build import Case
+from sweep.families.from_tiny import LENGTH, chat_tokenizer
 from tiny import picture
-
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-)
-
-
-def tokenizer() -> Qwen2Tokenizer:
-    tokenizer = copy.deepcopy(models.qwen_tokenizer())
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 def text_encoder() -> Qwen3ForCausalLM:
@@ -69,10 +59,10 @@ KLEIN = {
     "transformer": transformer,
     "vae": vae,
     "text_encoder": text_encoder,
-    "tokenizer": tokenizer,
+    "tokenizer": chat_tokenizer,
     "scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
 }
-CALL = {"max_sequence_length": 40, "text_encoder_out_layers": (1, 2)}
+CALL = {**LENGTH, "text_encoder_out_layers": (1, 2)}
 
 CASES = [
     Case("Flux2KleinPipeline", KLEIN, {**CALL, "image": image}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import diffusers
@@ -10,14 +9,13 @@ from transformers import (
     ByT5Tokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
 )
 
 import tiny_models as models
 from sweep.build import Case, image
-from sweep.families.flux2 import CHAT
+from sweep.families.from_tiny import chat_tokenizer
 from sweep.families.hunyuan_video import siglip, siglip_processor
 
 
@@ -32,12 +30,6 @@ def glyph_encoder() -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(vocab_size=len(ByT5Tokenizer()), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
-
-
-def chat_tokenizer() -> Qwen2Tokenizer:
-    tokenizer = copy.deepcopy(models.qwen_tokenizer())
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 def image_transformer(**config: Any) -> diffusers.HunyuanImageTransformer2DModel:
@@ -125,6 +117,18 @@ IMAGE = {
     "vae": image_vae,
     "guider": lambda: diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2),
 }
+REFINER = {
+    **IMAGE,
+    "transformer": lambda: image_transformer(
+        in_channels=16,
+        out_channels=8,
+        text_embed_2_dim=None,
+        patch_size=(1, 1, 1),
+        rope_axes_dim=(4, 6, 6),
+        guidance_embeds=True,
+    ),
+    "vae": refiner_vae,
+}
 VIDEO = {
     **ENCODERS,
     "text_encoder": lambda: text_encoder().model.language_model,
@@ -137,19 +141,7 @@ OFF = {"negative_prompt": None}  # a guider is not switched off by an argument
 
 CASES = [
     Case("HunyuanImagePipeline", IMAGE, CALL, OFF, shorten),
-    Case(
-        "HunyuanImageRefinerPipeline",
-        {
-            **IMAGE,
-            "transformer": lambda: image_transformer(
-                in_channels=16, out_channels=8, text_embed_2_dim=None, patch_size=(1, 1, 1), rope_axes_dim=(4, 6, 6), guidance_embeds=True
-            ),
-            "vae": refiner_vae,
-        },
-        {"image": image},
-        OFF,
-        shorten,
-    ),
+    Case("HunyuanImageRefinerPipeline", REFINER, {"image": image}, OFF, shorten),
     Case("HunyuanVideo15Pipeline", {**VIDEO, "transformer": lambda: video_transformer("t2v")}, CALL, OFF, shorten),
     Case(
         "HunyuanVideo15ImageToVideoPipeline",

@@ -105,9 +105,12 @@ PARTS = {
     "tokenizer": tokenizer,
 }
 CALL = {"max_sequence_length": 16, "prompt_template": {"template": "a photo of {}", "crop_start": 3}}
-TURN = "<|start_header_id|> {} <|end_header_id|> "
 PICTURE_TEMPLATE = {  # the picture is four tokens
-    "template": f"{TURN.format('system')}<image> <|eot_id|> {TURN.format('user')}{{}} <|eot_id|> {TURN.format('assistant')}",
+    "template": (
+        "<|start_header_id|> system <|end_header_id|> <image> <|eot_id|> "
+        "<|start_header_id|> user <|end_header_id|> {} <|eot_id|> "
+        "<|start_header_id|> assistant <|end_header_id|>"
+    ),
     "crop_start": 8,
     "image_emb_start": 3,
     "image_emb_end": 7,

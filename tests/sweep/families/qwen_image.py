@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import tiny_models as models
 from sweep.build import Case
-from sweep.families.flux import parts_of
+from sweep.families.from_tiny import parts_of
 from tiny import picture
 
 

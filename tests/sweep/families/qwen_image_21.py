@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import diffusers
@@ -11,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import tiny_models as models
 from sweep.build import Case
+from sweep.families.from_tiny import chat_tokenizer
 from tiny import picture
 
 CHAT = (
@@ -28,7 +28,7 @@ class ImageOnlyProcessor(Qwen3VLProcessor):
 
 def processor() -> ImageOnlyProcessor:
     pictures = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64})
-    return ImageOnlyProcessor(pictures, copy.deepcopy(models.qwen_tokenizer()), chat_template=CHAT)
+    return ImageOnlyProcessor(pictures, chat_tokenizer(CHAT), CHAT)
 
 
 def text_encoder() -> Qwen3VLForConditionalGeneration:

@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 import tiny_models as models
 from sweep.build import Case, image
-from sweep.families.flux import LENGTH, parts_of
+from sweep.families.from_tiny import LENGTH, parts_of
 from tiny import picture
 
 
@@ -52,26 +52,18 @@ def video(frames: int = 5, size: int = 16) -> list[Any]:
 
 WAN = parts_of(models.wan, "transformer", "scheduler", "vae", "text_encoder", "tokenizer")
 TWO = {**WAN, "transformer_2": WAN["transformer"], "boundary_ratio": 0.9}
+CONDITION = {"in_channels": 16 + 16 + 4, "image_dim": 16}
 WITH_PICTURE = {
     **WAN,
-    "transformer": transformer(in_channels=16 + 16 + 4, image_dim=16),
+    "transformer": transformer(**CONDITION),
     "image_encoder": image_encoder,
     "image_processor": image_processor,
 }
-SKYREELS = {**WAN, "transformer": transformer(diffusers.SkyReelsV2Transformer3DModel)}
-SKYREELS_PICTURE = {
-    **WITH_PICTURE,
-    "transformer": transformer(diffusers.SkyReelsV2Transformer3DModel, in_channels=16 + 16 + 4, image_dim=16),
-    "image_encoder": lambda: image_encoder(CLIPVisionModelWithProjection),
-}
-FORCING = {**LENGTH, "num_frames": 9, "base_num_frames": 9}
-LONG = {**FORCING, "num_frames": 13, "overlap_history": 5}
+CHRONO = {**WITH_PICTURE, "transformer": transformer(diffusers.ChronoEditTransformer3DModel, **CONDITION)}
 VACE = transformer(diffusers.WanVACETransformer3DModel, vace_layers=[0, 1], vace_in_channels=96)
 ANIMATE = transformer(
     diffusers.WanAnimateTransformer3DModel,
-    in_channels=16 + 16 + 4,
     latent_channels=16,
-    image_dim=16,
     motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
     motion_encoder_size=16,
     motion_style_dim=8,
@@ -81,7 +73,15 @@ ANIMATE = transformer(
     face_encoder_num_heads=2,
     inject_face_latents_blocks=2,
     motion_encoder_batch_size=2,
+    **CONDITION,
 )
+SKYREELS = {**WAN, "transformer": transformer(diffusers.SkyReelsV2Transformer3DModel)}
+SKYREELS_PICTURE = {
+    **WITH_PICTURE,
+    "transformer": transformer(diffusers.SkyReelsV2Transformer3DModel, **CONDITION),
+    "image_encoder": lambda: image_encoder(CLIPVisionModelWithProjection),
+}
+FORCING = {**LENGTH, "num_frames": 9, "base_num_frames": 9}
 
 CASES = [
     Case("WanPipeline", TWO, LENGTH),
@@ -97,25 +97,19 @@ CASES = [
         {**WAN, "transformer": transformer(in_channels=32), "expand_timesteps": True},
         {**LENGTH, "video": video},
     ),
-    Case(
-        "ChronoEditPipeline",
-        {**WITH_PICTURE, "transformer": transformer(diffusers.ChronoEditTransformer3DModel, in_channels=36, image_dim=16)},
-        {**LENGTH, "image": image},
-    ),
+    Case("ChronoEditPipeline", CHRONO, {**LENGTH, "image": image}),
     Case(
         "WanAnimatePipeline",
         {**WITH_PICTURE, "transformer": ANIMATE},
-        {
-            **LENGTH,
-            "image": image,
-            "pose_video": video,
-            "face_video": video,
-            "segment_frame_length": 5,
-        },
+        {**LENGTH, "image": image, "pose_video": video, "face_video": video, "segment_frame_length": 5},
     ),
     Case("SkyReelsV2Pipeline", SKYREELS, LENGTH),
     Case("SkyReelsV2ImageToVideoPipeline", SKYREELS_PICTURE, {**LENGTH, "image": image}),
-    Case("SkyReelsV2DiffusionForcingPipeline", SKYREELS, FORCING),
+    Case("SkyReelsV2DiffusionForcingPipeline", SKYREELS, {**FORCING, "ar_step": 2, "causal_block_size": 1}),
     Case("SkyReelsV2DiffusionForcingImageToVideoPipeline", SKYREELS, {**FORCING, "image": image}),
-    Case("SkyReelsV2DiffusionForcingVideoToVideoPipeline", SKYREELS, {**LONG, "video": video}),
+    Case(
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        SKYREELS,
+        {**FORCING, "video": video, "num_frames": 13, "overlap_history": 5},
+    ),
 ]
