@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 
-from sweep.compare import Row, cases, listed, markdown
+from sweep.compare import Row, cases, compare, listed, markdown
 from sweep.session import Session
 
 pytestmark = pytest.mark.timeout(180)
@@ -35,6 +37,26 @@ def test_two_processes_give_what_one_device_gives(session: Session, name: str) -
     told = {each["pipeline"]: each for each in json.loads(TABLE.read_text())}[name]
     for key in ("supported", "calls_shipped_per_step", "rule", "note"):
         assert row[key] == told[key], f"docs/supported_pipelines.json is not up to date: {key}"
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("guider", ["AutoGuidance", "SkipLayerGuidance", "ClassifierFreeZeroStarGuidance"])
+def test_guiders_that_hook_the_denoiser_for_one_pass(guider: str) -> None:
+    """Such a pass runs where the hooks are."""
+    skip = diffusers.LayerSkipConfig(indices=[0], fqn="transformer_blocks", skip_ff=True, skip_attention=False)
+    settings: dict[str, dict[str, Any]] = {
+        "AutoGuidance": {"auto_guidance_config": skip},
+        "SkipLayerGuidance": {
+            "skip_layer_config": skip,
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 1.0,
+        },
+        "ClassifierFreeZeroStarGuidance": {},
+    }
+    case = cases()["HunyuanVideo15Pipeline"]
+    made = getattr(diffusers, guider)(**settings[guider])
+    case = dataclasses.replace(case, parts={**case.parts, "guider": made})
+    compare(case, Row(case.pipeline, "E", False))
 
 
 def test_every_case_is_a_listed_pipeline() -> None:

@@ -113,9 +113,8 @@ class Call:
         return self._listed() is not None
 
     def _listed(self) -> Sequence[Any] | None:
-        main = (
-            self.args[0] if self.args else next((v for v in map(self.kwargs.get, _MAIN_INPUTS) if v is not None), None)
-        )
+        named = (value for value in map(self.kwargs.get, _MAIN_INPUTS) if value is not None)
+        main = self.args[0] if self.args else next(named, None)
         return main if isinstance(main, list) and main and next(tensors_in(main), None) is not None else None
 
     def rows(self) -> int:

@@ -249,6 +249,7 @@ class Leading(CfgParallel):
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
         self._watches[denoiser.name] = Watch(denoiser.module)
         self._leader.forget(denoiser.name)
+        self._leader.know_hooks(denoiser)
         cache = Cache.of(denoiser.module)
         if cache != denoiser.cache:
             denoiser.cache = cache
@@ -289,6 +290,7 @@ class Leading(CfgParallel):
             for denoiser in self._denoisers.values():  # a generation that failed has left something in its caches
                 reset(denoiser.module)
                 self._leader.reset(denoiser)
+                self._leader.know_hooks(denoiser)
             output = call(*args, **kwargs)
             if any(isinstance(tensor, PendingPrediction) for tensor in tensors_in(output)):
                 output = map_tensors(output, settle)

@@ -40,7 +40,7 @@ from cfg_parallel.pending import (
 )
 from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
-from cfg_parallel.replica import traces
+from cfg_parallel.replica import Hooks, traces
 from cfg_parallel.timesteps import HostKnown, plain
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.peer import Arrival
@@ -99,6 +99,7 @@ class Leader:
         self._templates: dict[Any, Template] = {}
         self._splits: dict[Any, Split] = {}  # by signature: the branches in the batch
         self._whole: dict[Any, str] = {}  # signature -> why its rows cannot be split
+        self._hooks: dict[str, Hooks] = {}
         self._alone: dict[str, str] = {}  # denoiser -> why all its calls run here
 
     def forget(self, denoiser: str) -> None:
@@ -109,6 +110,14 @@ class Leader:
         self._alone.pop(denoiser, None)
         self._expected = 1  # its first call runs here, and is looked at
         self.graphs.forget(denoiser)
+
+    def know_hooks(self, denoiser: Denoiser) -> None:
+        """Those that its replicas have, too. A guider may put others on it for one pass, and take them off again."""
+        self._hooks[denoiser.name] = Hooks(denoiser.module)
+
+    def _is_hooked(self, denoiser: Denoiser) -> bool:
+        hooks = self._hooks.get(denoiser.name)
+        return hooks is not None and hooks.changed()
 
     def begin(self) -> Generation:
         forget_unsettled()
@@ -183,8 +192,11 @@ class Leader:
             self.before_step()
         call = Call.of(denoiser, args, kwargs, self.device)
         signature = call.signature()
+        if self._is_hooked(denoiser):
+            generation.note("the denoiser had other hooks in one pass than its replica has")
+            return self._run_here(generation, call, signature, hooked=True)
         split = self._splits.get(signature)
-        if split is not None and not step.nodes:
+        if split is not None and not step.nodes and signature in self._templates:
             return self._split(generation, call, signature, split)
         index = len(step.nodes)
         follower = self._place(generation, call, index)
@@ -246,17 +258,17 @@ class Leader:
             generation.steps.append(generation.step)
             generation.step = Step()
 
-    def _run(self, generation: Generation, call: Call, *, as_given: bool = False) -> Any:
+    def _run(self, generation: Generation, call: Call, *, as_given: bool = False, graphs: Graphs | None = None) -> Any:
         start = mark(self.device)
-        output = call.run(self.device, self.graphs, as_given=as_given)
+        output = call.run(self.device, graphs, as_given=as_given)
         generation.forwards.append((start, mark(self.device)))
         generation.local_calls += 1
         return output
 
     # One call, run here.
 
-    def _run_here(self, generation: Generation, call: Call, signature: Any) -> Any:
-        output = self._run_as_given(generation, call, signature)
+    def _run_here(self, generation: Generation, call: Call, signature: Any, hooked: bool = False) -> Any:
+        output = self._run_as_given(generation, call, signature, hooked)
         step = generation.step
         step.branches += 1
         try:
@@ -272,7 +284,7 @@ class Leader:
         cache = call.denoiser.cache
         listed = call.is_listed()
         by_rows = len(specs) == rows if listed else all(spec.shape[:1] == (rows,) for spec in specs)
-        may_split = bool(self.remotes) and rows > 1 and by_rows
+        may_split = bool(self.remotes) and rows > 1 and by_rows and not hooked
         node: Node
 
         def force() -> Sequence[torch.Tensor]:
@@ -290,12 +302,12 @@ class Leader:
         step.nodes.append(node)
         return decode(body, pendings)
 
-    def _run_as_given(self, generation: Generation, call: Call, signature: Any) -> Any:
+    def _run_as_given(self, generation: Generation, call: Call, signature: Any, hooked: bool) -> Any:
         """The first run of a call. A denoiser that leaves something behind can only run where the pipeline looks."""
         name, module = call.denoiser.name, call.denoiser.module
         looks = bool(self.remotes) and signature not in self._templates and name not in self._alone
         before = traces(module) if looks else None
-        output = self._run(generation, call, as_given=True)
+        output = self._run(generation, call, as_given=True, graphs=None if hooked else self.graphs)
         call.given = None
         if looks and traces(module) != before:
             self._alone[name] = "a forward leaves something behind in an object that the denoiser holds"
@@ -360,9 +372,7 @@ class Leader:
         except (RemoteCallError, FollowerLostError) as error:
             self._give_up(generation, follower, error, call)
             step.shipped -= 1
-        if not call.unchanged():
-            raise RecordingError("An argument of the lost call was overwritten, so that it cannot be run again here.")
-        return encode_plain(self._run(generation, call))[1]  # type: ignore[return-value]
+        return self._run_again(generation, call)
 
     # A batch of branches, split by rows.
 
@@ -380,7 +390,7 @@ class Leader:
                 return join(parts, listed)
             del self._splits[signature]  # the rows stayed together, so they are no branches: run it as one device would
             generation.note("a batch was split that the pipeline then used whole; it was run again")
-            return self._run_whole(generation, call)
+            return self._run_again(generation, call)
 
         node, pendings = self._pending(force, specs, rows, listed)
         node.parts = parts
@@ -394,13 +404,14 @@ class Leader:
         _, followers = deal(split.branches, len(self.remotes) + 1)
         calls = call.split(*split)
         sent = [self._send(generation, c, i, f) for i, (c, f) in enumerate(zip(calls, followers, strict=False))]
-        outputs = [encode_plain(self._run(generation, c)) for c in calls[len(sent) :]]
+        outputs = [encode_plain(self._run(generation, c, graphs=self.graphs)) for c in calls[len(sent) :]]
         body, last = outputs[-1]
         template = Template(body, [TensorSpec.of(tensor, self.device) for tensor in last])  # type: ignore[arg-type]
         parts: list[list[PendingPrediction]] = []
         for part, follower, remote_call in zip(calls, followers, sent, strict=False):
             if remote_call is None:
-                parts.append(settled_outputs(encode_plain(self._run(generation, part))[1]))  # type: ignore[arg-type]
+                output = self._run(generation, part, graphs=self.graphs)
+                parts.append(settled_outputs(encode_plain(output)[1]))  # type: ignore[arg-type]
                 continue
             step.shipped += 1
 
@@ -415,10 +426,15 @@ class Leader:
         parts.extend(settled_outputs(tensors) for _, tensors in outputs)  # type: ignore[arg-type]
         return parts, template
 
-    def _run_whole(self, generation: Generation, call: Call) -> Sequence[torch.Tensor]:
+    def _run_again(self, generation: Generation, call: Call) -> Sequence[torch.Tensor]:
+        """A call that was shipped, or split, run here as one device would have run it."""
         if not call.unchanged():
-            raise RecordingError("An argument of a batched call was overwritten before its result was used.")
-        return encode_plain(self._run(generation, call))[1]  # type: ignore[return-value]
+            raise RecordingError(
+                "An argument of a call was overwritten before its result was used, so that it cannot be run again here."
+            )
+        if self._is_hooked(call.denoiser):
+            raise RecordingError("The denoiser has other hooks by now than in a call that is to be run again here.")
+        return encode_plain(self._run(generation, call, graphs=self.graphs))[1]  # type: ignore[return-value]
 
     def _try_split(
         self,
@@ -430,7 +446,7 @@ class Leader:
         whole: Sequence[torch.Tensor],
     ) -> Sequence[torch.Tensor]:
         """The first time that a batch shows itself as one: are its rows independent? Costs an extra forward."""
-        if not call.unchanged():
+        if not call.unchanged() or self._is_hooked(call.denoiser):
             return whole
         step.branches += branches - 1
         shipped = step.shipped

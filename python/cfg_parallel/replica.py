@@ -223,6 +223,36 @@ def _hook(hook: Any) -> tuple[Any, ...]:
     return id(hook), _setting(plain), _setting(getattr(config, "__dict__", config))
 
 
+class Hooks:
+    """Notices in a small part of a forward's time that a denoiser has other hooks or processors than before."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        moving = restless(module)  # group offload takes some hooks off in its first forward
+        self._modules = [(sub.__dict__, None if id(sub) in moving else type(sub)) for sub in module.modules()]
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        return self._look() != self._seen
+
+    def _look(self) -> list[Any]:
+        return [
+            (
+                _own_forward(attributes.get("forward"), cls),
+                *attributes["_forward_hooks"],
+                *attributes["_forward_pre_hooks"],
+                id(attributes.get("processor")),
+            )
+            for attributes, cls in self._modules
+        ]
+
+
+def _own_forward(forward: Any, cls: Any) -> int | None:
+    """What stands in the place of the class's forward. A hook that is taken off leaves that one as a bound method."""
+    if cls is None or forward is None or getattr(forward, "__func__", None) is cls.forward:
+        return None
+    return id(forward)
+
+
 def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     """`.to(dtype)` keeps a parameter's identity and version, but not its memory."""
     if is_special(tensor):

@@ -126,12 +126,23 @@ def branch_by_branch(pipe: Any, splits: dict[Any, Split]) -> Iterator[None]:
             def forward(*args: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
                 call = Call.of(Denoiser(name, plain), args, kwargs, CPU)
                 split = known.get(_without_context(call.signature()))
-                return (
-                    plain(*args, **kwargs) if split is None else concatenate([p.run(CPU) for p in call.split(*split)])
-                )
+                if split is None:
+                    return plain(*args, **kwargs)
+                outputs = [part.run(CPU) for part in call.split(*split)]
+                return put_together(outputs) if call.is_listed() else concatenate(outputs)
 
             stack.enter_context(mock.patch.object(module, "forward", forward))
         yield
+
+
+def put_together(outputs: list[Any]) -> Any:
+    """One output from the branches', whose rows are in a list."""
+    first = outputs[0]
+    if isinstance(first, list):
+        return [row for output in outputs for row in output]
+    if isinstance(first, tuple):
+        return tuple(put_together(list(items)) for items in zip(*outputs, strict=True))
+    return type(first)(**{key: put_together([output[key] for output in outputs]) for key in first})
 
 
 def _without_context(signature: Any) -> Any:
