@@ -118,6 +118,11 @@ def test_true_guidance_is_not_hidden_by_distilled_guidance() -> None:
     assert "a negative prompt is needed" in why and "a scale above 1" not in why
 
 
+def test_guidance_on_and_not_recognised() -> None:
+    report = Report(["cpu"] * 2, "host", "", steps=4, guidance={"guidance_scale": 7.5, "negative_prompt": None})
+    assert report.why == "no speed-up: no second pass was recognised in 4 of 4 steps: guidance_scale=7.5."
+
+
 def test_guidance_off_for_reasons_unknown() -> None:
     assert off() == "no speed-up: guidance was off in 50 of 50 steps."
     assert off(guidance_scale=None, negative_prompt=None).startswith("no speed-up: guidance was off in 50 of 50 steps")

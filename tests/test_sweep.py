@@ -17,9 +17,50 @@ from sweep.session import Session
 pytestmark = pytest.mark.timeout(180)
 
 TABLE = Path(__file__).parents[1] / "docs" / "supported_pipelines.json"
-# A sample of every family and every way to apply guidance.
+# Something of most families, and of every way to apply guidance and to be in the way of sharing.
 SOME = [
-    "StableDiffusionImg2ImgPipeline",
+    "AceStepPipeline",
+    "AnimateDiffControlNetPipeline",
+    "AnyFlowFARPipeline",
+    "AudioLDM2Pipeline",
+    "AuraFlowPipeline",
+    "BriaPipeline",
+    "CogVideoXImageToVideoPipeline",
+    "CogView4Pipeline",
+    "Cosmos2TextToImagePipeline",
+    "Cosmos3OmniPipeline",
+    "IFSuperResolutionPipeline",
+    "EasyAnimateControlPipeline",
+    "Flux2KleinPipeline",
+    "FluxKontextPipeline",
+    "GlmImagePipeline",
+    "HiDreamImagePipeline",
+    "HunyuanDiTControlNetPipeline",
+    "HunyuanVideo15Pipeline",
+    "HunyuanVideoFramepackPipeline",
+    "Ideogram4Pipeline",
+    "JoyImageEditPlusPipeline",
+    "Kandinsky5T2VPipeline",
+    "KandinskyV22ControlnetPipeline",
+    "LEditsPPPipelineStableDiffusion",
+    "LTX2Pipeline",
+    "LTXConditionPipeline",
+    "Lumina2Pipeline",
+    "OmniGenPipeline",
+    "PixArtSigmaPAGPipeline",
+    "QwenImage21Pipeline",
+    "QwenImageEditPlusPipeline",
+    "ShapEPipeline",
+    "SkyReelsV2DiffusionForcingPipeline",
+    "StableAudioPipeline",
+    "StableDiffusion3ControlNetPipeline",
+    "StableDiffusionAdapterPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableVideoDiffusionPipeline",
+    "WanAnimatePipeline",
+    "WanVACEPipeline",
+    "ZImageControlNetPipeline",
 ]
 
 

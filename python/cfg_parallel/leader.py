@@ -193,7 +193,7 @@ class Leader:
         call = Call.of(denoiser, args, kwargs, self.device)
         signature = call.signature()
         if self._is_hooked(denoiser):
-            generation.note("the denoiser had other hooks in one pass than its replica has")
+            generation.note("the pipeline changes the denoiser's hooks or attention processors while it runs")
             return self._run_here(generation, call, signature, hooked=True)
         split = self._splits.get(signature)
         if split is not None and not step.nodes and signature in self._templates:

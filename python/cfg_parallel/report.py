@@ -76,7 +76,13 @@ class Report:
             there, here = self.follower_busy_ms / 1e3, self.leader_busy_ms / 1e3
             return f"in parallel: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here{self._cost()}."
         if self.guided_steps == 0:
-            return f"no speed-up: guidance was off in {self.steps} of {self.steps} steps{self._guidance_hint()}."
+            hint = self._guidance_hint()
+            scales = [
+                value for name, value in self.guidance.items() if "scale" in name and isinstance(value, (int, float))
+            ]
+            unseen = max(scales, default=0) > 1 and ";" not in hint
+            what = "no second pass was recognised" if unseen else "guidance was off"
+            return f"no speed-up: {what} in {self.steps} of {self.steps} steps{hint}."
         reason = next(iter(self.notes), "no second pass could run elsewhere")
         return f"no speed-up: guidance was on in {self.guided_steps} of {self.steps} steps, but {reason}."
 

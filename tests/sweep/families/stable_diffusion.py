@@ -156,6 +156,7 @@ CASES = [
         "StableDiffusionLatentUpscalePipeline",
         {"unet": upscaler_unet, "scheduler": lambda: diffusers.EulerDiscreteScheduler(**models.SD_BETAS)},
         {"image": image},
+        note="adds another tensor to the prediction before it takes the batch apart",
     ),
     Case(
         "StableDiffusionUpscalePipeline",
