@@ -197,9 +197,10 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Supported pipelines",
         "",
-        f"diffusers {diffusers.__version__} has {len(current)} pipelines that use guidance and are not deprecated. "
-        f"{len(ran)} of them were run in a tiny size on two processes: {equal} gave what one device gives; {shared}",
-        "shared every step with guidance. Made by `python tests/sweep --write docs/supported_pipelines.json`.",
+        f"diffusers {diffusers.__version__} has {len(current)} pipelines that use guidance and are not deprecated.",
+        f"{len(ran)} of them were run in a tiny size on two processes: {equal} gave what one device gives, and",
+        f"{shared} shared every step with guidance. Made by",
+        "`python tests/sweep --write docs/supported_pipelines.json`.",
         "",
         "*Pattern*: A one batched call a step, B a call for each branch, C three or more branches, E guiders. *Equal*:",
         "bit for bit, with the branches of a batch one after the other ([exactness](exactness.md)). *Off by*: from the",
