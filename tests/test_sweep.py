@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 
+from cfg_parallel import enable_cfg_parallel
 from sweep.compare import Row, cases, compare, listed, markdown
 from sweep.session import Session
+from tiny import TINY, generate
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -98,6 +103,51 @@ def test_guiders_that_hook_the_denoiser_for_one_pass(guider: str) -> None:
     made = getattr(diffusers, guider)(**settings[guider])
     case = dataclasses.replace(case, parts={**case.parts, "guider": made})
     compare(case, Row(case.pipeline, "E", False))
+
+
+# Guidance that comes and goes, and branches that come and go with it.
+CHANGING: dict[str, dict[str, Any]] = {
+    "Lumina2Pipeline": {"cfg_trunc_ratio": 0.5},
+    "ZImagePipeline": {"cfg_truncation": 0.5},
+    "WanPipeline": {"guidance_scale_2": 1.0},
+    "StableDiffusionPipeline": {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.5)},
+    "StableDiffusionXLPipeline": {"callback_on_step_end": SDXLCFGCutoffCallback(cutoff_step_ratio=0.5)},
+    "StableDiffusion3Pipeline": {"skip_guidance_layers": [0]},  # a third call, in some of the steps
+}
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("name", CHANGING)
+def test_guidance_that_changes_on_the_way(name: str) -> None:
+    case = cases()[name]
+    compare(dataclasses.replace(case, call={**case.call, **CHANGING[name]}), Row(name, "", False))
+
+
+@pytest.mark.usefixtures("forked")
+def test_branches_come_and_go_in_any_order() -> None:
+    """Whatever the last step had is a wrong guess for the next one."""
+    tiny = TINY["wan"]
+    plain, enabled = tiny.build(), tiny.build()
+
+    def generated(pipe: Any, guided: tuple[bool, ...]) -> torch.Tensor:
+        def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            pipe._guidance_scale = 4.0 if guided[step] else 1.0
+            return {}
+
+        image: torch.Tensor = generate(pipe, tiny.inputs(num_inference_steps=len(guided), callback_on_step_end=on_step))
+        return image
+
+    with enable_cfg_parallel(enabled, devices=["cpu", "cpu"]) as handle:
+        for guided in itertools.product([True, False], repeat=4):
+            assert torch.equal(generated(enabled, guided), generated(plain, guided)), guided
+            assert handle.report.guided_steps == 1 + sum(guided[:3])
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize(("name", "devices", "shipped"), [("LTX2Pipeline", 4, 2.0), ("StableDiffusionInstructPix2PixPipeline", 4, 2.0)])
+def test_more_than_two_devices(name: str, devices: int, shipped: float) -> None:
+    row = compare(cases()[name], Row(name, "", False), ["cpu"] * devices)
+    assert row.calls_shipped_per_step == shipped
 
 
 def test_every_case_is_a_listed_pipeline() -> None:

@@ -111,11 +111,21 @@ class _StructurePickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor):  # quantized, say
             return _rebuild_special, take_apart(obj)
+        if type(obj).__module__ in _OF_THIS_PROCESS:
+            return _left_out, ()
         if isinstance(obj, torch.Stream):  # of a hook that moves weights
             return type(obj), ()
         if type(obj).__name__ == "ModuleGroup" and type(obj).__module__ == "diffusers.hooks.group_offloading":
             return type(None), ()  # it has the weights once more; the follower makes its own
         return super().reducer_override(obj)
+
+
+# Process groups and device meshes: where a replica is sent to ranks that have their own, only its tensors are read.
+_OF_THIS_PROCESS = ("torch._C._distributed_c10d", "torch.distributed.distributed_c10d", "torch.distributed.device_mesh")
+
+
+def _left_out() -> None:
+    """In the place of what another process has for itself."""
 
 
 def is_special(tensor: torch.Tensor) -> bool:
@@ -207,6 +217,8 @@ class _PlainPickler(pickle.Pickler):
         if isinstance(obj, Rows):
             key = (id(obj.base), obj.start, obj.stop, obj.dim)
         elif isinstance(obj, torch.Tensor):
+            if type(obj).__name__ == "AsyncCollectiveTensor":  # of context parallelism: nobody has waited for it yet
+                obj = obj.trigger_wait()  # type: ignore[attr-defined]
             obj = self._unwrap(obj)
             if type(obj) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
                 raise UnshippableError(f"an argument is a {type(obj).__name__}, a tensor subclass")

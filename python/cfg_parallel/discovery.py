@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cfg_parallel.compiling import unwrap
 from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.offload import devices_of, is_offloaded, offload_device
+
+if TYPE_CHECKING:
+    from cfg_parallel.spmd import Role
 
 
 def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -65,7 +68,7 @@ def device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
 
 
 def choose_devices(
-    leader: torch.device, size: int, devices: Sequence[str | torch.device] | None, rank: int | None
+    leader: torch.device, size: int, devices: Sequence[str | torch.device] | None, role: Role | None
 ) -> list[torch.device]:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ConfigurationError(f"Expected cfg_parallel_size to be an integer of at least 1, but got {size!r}.")
@@ -78,8 +81,8 @@ def choose_devices(
                 f"cfg_parallel_size={size} needs {size} GPUs, but {available} is visible; check CUDA_VISIBLE_DEVICES, "
                 f"or pass cfg_parallel_size={available}."
             )
-        if rank is not None:
-            return _check_rank([torch.device("cuda", i) for i in range(size)], leader, rank)
+        if role is not None:
+            return _check_rank([torch.device("cuda", role.rank_of(i)) for i in range(size)], leader, role)
         return [torch.device("cuda", ((leader.index or 0) + i) % available) for i in range(size)]
     chosen = [_parse_device(device, available) for device in devices]
     if len(chosen) != size:
@@ -92,8 +95,8 @@ def choose_devices(
         raise ConfigurationError(
             f"The same GPU is named twice in {list(map(str, chosen))}; name a different one for each."
         )
-    if rank is not None:
-        _check_rank(chosen, leader, rank)
+    if role is not None:
+        _check_rank(chosen, leader, role)
     elif chosen[0] != leader:
         raise ConfigurationError(
             f"Expected the first device to be the pipeline's own, {leader}, but got {chosen[0]}; call "
@@ -104,11 +107,11 @@ def choose_devices(
     return chosen
 
 
-def _check_rank(devices: list[torch.device], own: torch.device, rank: int) -> list[torch.device]:
-    if rank < len(devices) and devices[rank] != own:
+def _check_rank(devices: list[torch.device], own: torch.device, role: Role) -> list[torch.device]:
+    if devices[role.place] != own:
         raise ConfigurationError(
-            f"Expected the pipeline of rank {rank} on {devices[rank]}, but it is on {own}; under torchrun call "
-            "pipe.to(f\"cuda:{os.environ['LOCAL_RANK']}\")."
+            f"Expected the pipeline of rank {role.rank_of(role.place)} on {devices[role.place]}, but it is on {own}; "
+            "under torchrun call pipe.to(f\"cuda:{os.environ['LOCAL_RANK']}\")."
         )
     return devices
 

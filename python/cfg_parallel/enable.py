@@ -107,16 +107,16 @@ def enable_cfg_parallel(
                 f"cuda_graphs=True needs a GPU, but the pipeline is on {leader_device}; use 'auto'."
             )
         cuda_graphs = False
-    rank = spmd.rank()
-    chosen = choose_devices(leader_device, cfg_parallel_size, devices, rank)
+    role = spmd.role(cfg_parallel_size, modules.values())
+    chosen = choose_devices(leader_device, cfg_parallel_size, devices, role)
     transport, reason = resolve(transport, chosen)
     remotes: list[RemoteFollower] = []
     try:
         if is_offloaded(pipe):
             for name, module in modules.items():
                 keep_on(name, module, leader_device)
-        if rank is not None:
-            connected = spmd.connect(chosen, rank, follower_timeout)
+        if role is not None:
+            connected = spmd.connect(chosen, role, follower_timeout)
             if isinstance(connected, spmd.ServingRank):
                 return Serving(pipe, connected, modules, preparation, leader_device)
             remotes = connected
@@ -500,7 +500,7 @@ class Serving(CfgParallel):
 
     @property
     def report(self) -> Report:
-        raise ConfigurationError("The report is on rank 0; this rank served its calls.")
+        raise ConfigurationError("The report is on the rank that leads (rank 0); this rank served its calls.")
 
     def disable(self) -> None:
         pipe, was_enabled = self._pipe(), self._close.alive

@@ -25,7 +25,7 @@ from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.offload import restless
-from cfg_parallel.replica import fingerprint, traces
+from cfg_parallel.replica import fingerprint, is_parallel, traces
 from cfg_parallel.timing import Mark, mark
 
 GraphMode = Literal["auto", True, False]
@@ -212,6 +212,8 @@ class Graphs:
                 )
             if any(sub._forward_hooks or sub._forward_pre_hooks for sub in module.modules()):
                 raise UncapturableError("a forward hook would no longer be called")
+            if is_parallel(module):
+                raise UncapturableError("it exchanges with other processes in its forward (enable_parallelism)")
             if has_graphs(module):
                 raise UncapturableError("it is compiled with CUDA graphs of its own (mode='reduce-overhead')")
             graph = self._make(module, body, tensors)

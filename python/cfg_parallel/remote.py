@@ -181,7 +181,7 @@ class RemoteFollower:
         start, before = time.perf_counter(), self.link.bytes_sent
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
         with self._watch():
-            send_replica(self.link, name, module, self._timeout, prepare)
+            send_replica(self.link, name, module, self._timeout, prepare, self.process is not None)
         nbytes, seconds = self.replica
         self.replica = (nbytes + self.link.bytes_sent - before, seconds + time.perf_counter() - start)
 

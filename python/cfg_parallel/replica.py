@@ -25,10 +25,17 @@ _CHUNK = 256 << 20  # bytes of weights in one message
 
 
 def send_replica(
-    link: Link, name: str, module: torch.nn.Module, timeout: float, prepare: Prepare | None = None
+    link: Link,
+    name: str,
+    module: torch.nn.Module,
+    timeout: float,
+    prepare: Prepare | None = None,
+    started: bool = True,
 ) -> None:
-    """Give the follower at the other end of `link` a copy of `module`, named `name`, compiled as that is."""
-    _refuse_unsupported(name, module)
+    """Give the follower at the other end of `link` a copy of `module`, named `name`, compiled as that is.
+
+    `started`: by us, so that the module is made of what is sent; else it has one, and gets the weights."""
+    _refuse_unsupported(name, module, started)
     with caches.empty(module):
         body, tensors = encode_structure(unwrap(module))
     specs = [TensorSpec.of(tensor, link.device) for tensor in tensors]
@@ -42,8 +49,18 @@ def send_replica(
     _wait_for(link.device)
 
 
-def _refuse_unsupported(name: str, module: torch.nn.Module) -> None:
+def is_parallel(module: torch.nn.Module) -> bool:
+    """Whether several processes share its forwards (diffusers' context or tensor parallelism)."""
+    return getattr(module, "_parallel_config", None) is not None
+
+
+def _refuse_unsupported(name: str, module: torch.nn.Module, started: bool) -> None:
     """What a replica would get wrong without anybody noticing."""
+    if started and is_parallel(module):
+        raise ConfigurationError(
+            f"Several processes share the forwards of the denoiser {name!r} (enable_parallelism), and a follower could "
+            "not be one of them; start cfg_parallel_size times as many processes with torchrun."
+        )
     config = group_offload(module)
     if config is not None and config.offload_to_disk_path is not None:
         raise ConfigurationError(
