@@ -144,10 +144,10 @@ def test_branches_come_and_go_in_any_order() -> None:
 
 
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize(("name", "devices", "shipped"), [("LTX2Pipeline", 4, 2.0), ("StableDiffusionInstructPix2PixPipeline", 4, 2.0)])
-def test_more_than_two_devices(name: str, devices: int, shipped: float) -> None:
-    row = compare(cases()[name], Row(name, "", False), ["cpu"] * devices)
-    assert row.calls_shipped_per_step == shipped
+@pytest.mark.parametrize("name", ["LTX2Pipeline", "StableDiffusionInstructPix2PixPipeline"])
+def test_four_devices(name: str) -> None:
+    row = compare(cases()[name], Row(name, "", False), ["cpu"] * 4)
+    assert row.calls_shipped_per_step == 2
 
 
 def test_every_case_is_a_listed_pipeline() -> None:

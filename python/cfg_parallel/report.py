@@ -77,10 +77,8 @@ class Report:
             return f"in parallel: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here{self._cost()}."
         if self.guided_steps == 0:
             hint = self._guidance_hint()
-            scales = [
-                value for name, value in self.guidance.items() if "scale" in name and isinstance(value, (int, float))
-            ]
-            unseen = max(scales, default=0) > 1 and ";" not in hint
+            scale = self.guidance.get("true_cfg_scale", self.guidance.get("guidance_scale"))
+            unseen = isinstance(scale, (int, float)) and scale > 1 and ";" not in hint
             what = "no second pass was recognised" if unseen else "guidance was off"
             return f"no speed-up: {what} in {self.steps} of {self.steps} steps{hint}."
         reason = next(iter(self.notes), "no second pass could run elsewhere")
