@@ -19,7 +19,7 @@ import cfg_parallel
 from cfg_parallel import numerics, replica
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.link import Link
-from cfg_parallel.replica import fingerprint, receive_replica, send_replica
+from cfg_parallel.replica import Hooks, fingerprint, receive_replica, send_replica
 from reference import reference
 from test_codec import Denoiser
 from tiny import TINY, generate
@@ -414,3 +414,39 @@ print(torch.backends.cuda.matmul.fp32_precision)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "tf32", result.stderr
+
+
+# Hooks between two calls.
+
+
+def test_hooks_notices_what_a_guider_or_pag_does() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.processor: Any = object()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    module = torch.nn.Sequential(Attention(), torch.nn.Linear(2, 2))
+    hooks = Hooks(module)
+    assert not hooks.changed()
+    plain = module[0].processor
+    module[0].processor = object()
+    assert hooks.changed()
+    module[0].processor = plain
+    assert not hooks.changed()
+    for register in (module[1].register_forward_hook, module[1].register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert hooks.changed()
+        handle.remove()
+        assert not hooks.changed()
+    registry = HookRegistry.check_if_exists_or_initialize(module[1])
+    registry.register_hook(ModelHook(), "skip")
+    assert hooks.changed()
+    registry.remove_hook("skip")
+    assert not hooks.changed()  # the class's own forward is left on the object
+    module[1].table = torch.ones(2)  # as a model does that makes something once
+    assert not hooks.changed()

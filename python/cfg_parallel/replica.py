@@ -246,21 +246,30 @@ class Hooks:
     def __init__(self, module: torch.nn.Module) -> None:
         moving = restless(module)  # group offload takes some hooks off in its first forward
         self._modules = [(sub.__dict__, None if id(sub) in moving else type(sub)) for sub in module.modules()]
-        self._seen = self._look()
+        self._replaceable = [each for each in self._modules if "forward" in each[0] or "processor" in each[0]]
+        self._dicts = [attributes for attributes, _ in self._modules]
+        self._dicts += [attributes[key] for attributes, _ in self._modules for key in _HOOKS]
+        self._lengths = list(map(len, self._dicts))
+        self._seen, self._seen_replaceable = self._look(self._modules), self._look(self._replaceable)
 
     def changed(self) -> bool:
-        return self._look() != self._seen
+        # What is put on a module makes a dict longer; only what is there can be replaced.
+        if list(map(len, self._dicts)) == self._lengths and self._look(self._replaceable) == self._seen_replaceable:
+            return False
+        return self._look(self._modules) != self._seen
 
-    def _look(self) -> list[Any]:
+    def _look(self, modules: Sequence[tuple[dict[str, Any], Any]]) -> list[Any]:
         return [
             (
                 _own_forward(attributes.get("forward"), cls),
-                *attributes["_forward_hooks"],
-                *attributes["_forward_pre_hooks"],
                 id(attributes.get("processor")),
+                *(key for hooks in _HOOKS for key in attributes[hooks]),
             )
-            for attributes, cls in self._modules
+            for attributes, cls in modules
         ]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _own_forward(forward: Any, cls: Any) -> int | None:
