@@ -25,7 +25,7 @@ from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.offload import restless
-from cfg_parallel.replica import fingerprint, is_parallel, traces
+from cfg_parallel.replica import fingerprint, is_parallel, left_something, traces
 from cfg_parallel.timing import Mark, mark
 
 GraphMode = Literal["auto", True, False]
@@ -206,7 +206,8 @@ class Graphs:
                 raise UncapturableError("its cache decides anew at every step what to compute")
             if waits:
                 raise UncapturableError("it waits for the GPU (.item(), a boolean mask) or copies from host memory")
-            if restless(module) or (fingerprint(module), traces(module)) != before:
+            settings, left = before
+            if restless(module) or fingerprint(module) != settings or left_something(left, traces(module)):
                 raise UncapturableError(
                     "it changes the denoiser's weights or settings (layerwise casting, group offload, a counter)"
                 )

@@ -40,7 +40,7 @@ from cfg_parallel.pending import (
 )
 from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
-from cfg_parallel.replica import Hooks, traces
+from cfg_parallel.replica import Hooks, left_something, traces
 from cfg_parallel.timesteps import HostKnown, plain
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.peer import Arrival
@@ -306,10 +306,10 @@ class Leader:
         """The first run of a call. A denoiser that leaves something behind can only run where the pipeline looks."""
         name, module = call.denoiser.name, call.denoiser.module
         looks = bool(self.remotes) and signature not in self._templates and name not in self._alone
-        before = traces(module) if looks else None
+        before = traces(module) if looks else {}
         output = self._run(generation, call, as_given=True, graphs=None if hooked else self.graphs)
         call.given = None
-        if looks and traces(module) != before:
+        if looks and left_something(before, traces(module)):
             self._alone[name] = "a forward leaves something behind in an object that the denoiser holds"
         return output
 

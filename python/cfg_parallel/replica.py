@@ -171,34 +171,49 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def traces(module: torch.nn.Module) -> list[Any]:
-    """What forwards of `module` can have left behind in plain objects that it holds, such as a store of attention maps
-    that a pipeline looks into. Not in modules themselves, where it is tables that a replica makes for itself."""
-    found: list[Any] = []
+def traces(module: torch.nn.Module) -> dict[Any, int | float]:
+    """What forwards of `module` can have left behind in plain objects that it holds, such as a store of attention
+    maps that a pipeline looks into: the lengths of containers, and counts, by place. Not in modules themselves, and no single
+    tensors: those a replica makes for itself, once (tables, the state of a quantized weight)."""
+    found: dict[Any, int | float] = {}
 
-    def look(value: Any, depth: int) -> None:
-        if type(value) in _SCALARS:
-            found.append(value)
-        elif isinstance(value, torch.Tensor):
-            found.append(id(value))
+    def look(value: Any, place: Any, depth: int) -> None:
+        if type(value) in (int, float):
+            found[place] = value
         elif isinstance(value, (dict, list, tuple, set)):
-            found.append(len(value))
-            for item in value.values() if isinstance(value, dict) else value:
-                if depth:
-                    look(item, depth - 1)
+            found[place] = len(value)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items if depth else ():
+                look(item, (place, key), depth - 1)
         elif depth and not isinstance(value, _NO_STORES):
-            look(getattr(value, "__dict__", None), depth - 1)
+            look(getattr(value, "__dict__", None), (place, id(value)), depth - 1)
 
     for sub in module.modules():
         for key, value in sub.__dict__.items():
             plain = type(value) not in _SCALARS and type(value) not in _CONTAINERS and not torch.is_tensor(value)
             if plain and key not in _NOT_SETTINGS:
-                look(getattr(value, "__dict__", None), _TRACES_DEPTH)
+                for name, inner in getattr(value, "__dict__", {}).items():
+                    look(inner, (id(value), name), _TRACES_DEPTH)
     return found
 
 
+def left_something(before: dict[Any, int | float], after: dict[Any, int | float]) -> bool:
+    return any(before[place] != after[place] for place in before.keys() & after.keys())
+
+
 _TRACES_DEPTH = 5
-_NO_STORES = (torch.nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+_NO_STORES = (
+    *(torch.nn.Module, torch.Tensor, type, functools.partial),
+    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType),
+)
+    torch.nn.Module,
+    torch.Tensor,
+    type,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    functools.partial,
+)
 
 # `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
