@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -211,6 +213,31 @@ def test_code_with_graphs_of_its_own_is_left_alone() -> None:
         for _ in range(5):
             run(graphs, model, torch.ones(4))
     assert graphs.captured == 0 and "CUDA graphs of its own" in (graphs.failure or "")
+
+
+def test_a_dropped_pipeline_is_freed() -> None:
+    """PyTorch knows the clock of compilations, and must not know the denoiser by it."""
+    pipe = TINY["qwen_image"].build()
+    denoiser = weakref.ref(pipe.transformer)
+    handle = cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1, compile=True, compile_options=EAGER)
+    del pipe, handle
+    gc.collect()
+    assert denoiser() is None
+
+
+def test_a_compilation_that_is_refused_leaves_the_weights() -> None:
+    pipe = TINY["sd15"].build()
+    before = [weight.stride() for weight in pipe.unet.parameters()]
+    with pytest.raises(RuntimeError, match="bogus"):
+        cfg_parallel.enable_cfg_parallel(pipe, **CPUS, compile=True, compile_options={"mode": "bogus"})
+    assert [weight.stride() for weight in pipe.unet.parameters()] == before
+    assert not is_compiled(pipe.unet)
+
+
+def test_the_scheduler_of_a_compiled_denoiser_is_seen_through() -> None:
+    pipe = TINY["qwen_image"].build()
+    with cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1, compile=True, compile_options=EAGER):
+        assert hasattr(type(pipe.scheduler), "_cfg_parallel_scheduler")
 
 
 # prepare=

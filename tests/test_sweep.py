@@ -15,7 +15,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 
 from cfg_parallel import enable_cfg_parallel
-from sweep.compare import Row, cases, compare, listed, markdown
+from sweep.compare import Row, cases, compare, listed, markdown, run, same
 from sweep.session import Session
 from tiny import TINY, generate
 
@@ -121,6 +121,18 @@ CHANGING: dict[str, dict[str, Any]] = {
 def test_guidance_that_changes_on_the_way(name: str) -> None:
     case = cases()[name]
     compare(dataclasses.replace(case, call={**case.call, **CHANGING[name]}), Row(name, "", False))
+
+
+@pytest.mark.usefixtures("forked")
+def test_two_images_without_guidance_are_no_branches() -> None:
+    case = cases()["ZImagePipeline"]
+    off = {"num_images_per_prompt": 2, "guidance_scale": 0.0}
+    expected = run(case.build(), case.arguments(**off))
+    pipe = case.build()
+    with pytest.warns(UserWarning, match="guidance was off"), enable_cfg_parallel(pipe, devices=["cpu"] * 2) as handle:
+        for _ in range(2):
+            assert same(run(pipe, case.arguments(**off)), expected)
+        assert handle.report.guided_steps == 0
 
 
 @pytest.mark.usefixtures("forked")

@@ -82,10 +82,13 @@ class Call:
         """Whether no argument was overwritten since the call was made, so that it can be run again."""
         return all(tensor._version == version for tensor, version in self._versions)
 
-    def run(self, device: torch.device, graphs: Graphs | None = None, *, as_given: bool = False) -> Any:
+    def run(
+        self, device: torch.device, graphs: Graphs | None = None, *, as_given: bool = False, for_good: bool = False
+    ) -> Any:
         """The denoiser's output, on this device. Its context may have been left since, so it is entered again.
 
-        `as_given`: with the pipeline's own containers, which it may look into later."""
+        `as_given`: with the pipeline's own containers, which it may look into later. `for_good`: with others all the
+        same, since it has to be run again; what it keeps there is lost, as it was on another device."""
         with contextlib.ExitStack() as stack:
             if self.context is not None and self.context is not self.denoiser.context:
                 stack.enter_context(caches.same_context(self.denoiser.module))
@@ -101,7 +104,12 @@ class Call:
                     graphs.eager[str(error)] += 1
             if as_given and self.given is not None:
                 return self.denoiser.module(*self.given[0], **self.given[1])
-            return call_with_copies(self.denoiser.module, *self._copies())
+            args, kwargs = self._copies()
+            return (
+                self.denoiser.module(*args, **kwargs)
+                if for_good
+                else call_with_copies(self.denoiser.module, args, kwargs)
+            )
 
     def _copies(self) -> tuple[Any, Any]:
         """The arguments, in new containers."""

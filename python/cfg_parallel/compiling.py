@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,8 +62,6 @@ def compile_denoiser(
     parts = [sub for sub in module.modules() if not regional or type(sub).__name__ in repeated]
     parts = parts if regional else [module]
     converted = _to_channels_last(module) if convolutional else []
-    for part in parts:
-        part.compile(**(options or {}))
 
     def undo() -> None:
         for part in parts:
@@ -70,6 +69,12 @@ def compile_denoiser(
         for weight in converted:
             weight.data = weight.data.contiguous()
 
+    try:
+        for part in parts:
+            part.compile(**(options or {}))
+    except BaseException:
+        undo()
+        raise
     return undo
 
 
@@ -87,7 +92,9 @@ def _to_channels_last(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module behind `torch.compile(module)`; any other as it is."""
-    return module.__dict__["_modules"].get("_orig_mod", module)
+    modules = module.__dict__.get("_modules")  # a scripted module has none
+    original = modules.get("_orig_mod") if isinstance(modules, dict) else None
+    return module if original is None else original
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -159,7 +166,9 @@ def uncompiled(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class CompileClock:
-    """Seconds that this process spends in torch.compile. `started` is called at the first compilation after `begin`."""
+    """Seconds that this process spends in torch.compile; `started` is called at the first compilation after `begin`.
+
+    PyTorch has weak references for it, so that whoever holds the clock can be freed. `close` may be called twice."""
 
     def __init__(self, started: Callable[[], None] = lambda: None) -> None:
         from torch._dynamo.callback import callback_handler
@@ -168,26 +177,38 @@ class CompileClock:
         self._started = started
         self._is_first = True
         self._since: float | None = None
-        self._handler = callback_handler
-        callback_handler.register_start_callback(self._start)
-        callback_handler.register_end_callback(self._end)
+        start, end = _weakly(self._start), _weakly(self._end)
+        callback_handler.register_start_callback(start)
+        callback_handler.register_end_callback(end)
+        self.close = weakref.finalize(self, _unregister, callback_handler, start, end)
 
     def begin(self) -> None:
         self.seconds, self._is_first, self._since = 0.0, True, None
 
-    def close(self) -> None:
-        """May be called twice."""
-        with contextlib.suppress(ValueError):  # not registered any more
-            self._handler.remove_start_callback(self._start)
-            self._handler.remove_end_callback(self._end)
-
-    def _start(self, *_: Any) -> None:
+    def _start(self) -> None:
         if self._is_first:
             self._is_first = False
             self._started()
         self._since = time.perf_counter()
 
-    def _end(self, *_: Any) -> None:
+    def _end(self) -> None:
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
             self._since = None
+
+
+def _weakly(method: Any) -> Callable[..., None]:
+    reference = weakref.WeakMethod(method)
+
+    def call(*_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call
+
+
+def _unregister(handler: Any, start: Any, end: Any) -> None:
+    with contextlib.suppress(ValueError):  # somebody has cleared the handler
+        handler.remove_start_callback(start)
+        handler.remove_end_callback(end)

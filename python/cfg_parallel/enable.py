@@ -207,8 +207,8 @@ class Leading(CfgParallel):
         scheduler = original_scheduler(pipe.__dict__.get("scheduler"))
         if not (hasattr(type(scheduler), "set_timesteps") and hasattr(type(scheduler), "step")):
             return
-        denoisers = [denoiser.module for denoiser in self._denoisers.values()]
-        others = [m for m in pipe.__dict__.values() if isinstance(m, torch.nn.Module) and m not in denoisers]
+        parts = {name: part for name, part in pipe.__dict__.items() if isinstance(part, torch.nn.Module)}
+        others = [part for name, part in parts.items() if name not in self._denoisers]
         # The compiler does not take such timesteps, and a compiled ControlNet is given them.
         known = not any(map(is_compiled, others))
         pipe.__dict__["scheduler"] = scheduler_view(scheduler, self._coefficients) if known else scheduler
@@ -486,8 +486,10 @@ class Serving(CfgParallel):
         device: torch.device,
     ) -> None:
         self._serving = serving
-        self._undo = [preparation.apply(name, module) for name, module in modules.items()]
+        self._undo: list[Callable[[], None]] = []
         try:
+            for name, module in modules.items():
+                self._undo.append(preparation.apply(name, module))
             serving.prepare(modules)
         except BaseException:
             self._unprepare()

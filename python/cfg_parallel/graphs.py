@@ -253,7 +253,9 @@ class Graphs:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 with uncompiled(module) as eager, reads:
                     eager(*args, **kwargs)
+                args, kwargs = decode(body, places)  # a model may have emptied a list
                 module(*args, **kwargs)  # whatever these tensors need to be compiled anew for
+            args, kwargs = decode(body, places)
 
         def forward() -> Any:
             with looking:

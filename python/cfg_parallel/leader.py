@@ -100,6 +100,7 @@ class Leader:
         self._splits: dict[Any, Split] = {}  # by signature: the branches in the batch
         self._whole: dict[Any, str] = {}  # signature -> why its rows cannot be split
         self._hooks: dict[str, Hooks] = {}
+        self._looked: set[str] = set()  # denoisers of which a forward was run here, and looked at
         self._alone: dict[str, str] = {}  # denoiser -> why all its calls run here
 
     def forget(self, denoiser: str) -> None:
@@ -108,7 +109,7 @@ class Leader:
             for signature in [signature for signature in learned if signature[0] == denoiser]:
                 del learned[signature]  # type: ignore[attr-defined]
         self._alone.pop(denoiser, None)
-        self._expected = 1  # its first call runs here, and is looked at
+        self._looked.discard(denoiser)
         self.graphs.forget(denoiser)
 
     def know_hooks(self, denoiser: Denoiser) -> None:
@@ -116,7 +117,7 @@ class Leader:
         self._hooks[denoiser.name] = Hooks(denoiser.module)
 
     def _is_hooked(self, denoiser: Denoiser) -> bool:
-        hooks = self._hooks.get(denoiser.name)
+        hooks = self._hooks.get(denoiser.name) if self.remotes or self.graphs.on else None
         return hooks is not None and hooks.changed()
 
     def begin(self) -> Generation:
@@ -214,7 +215,7 @@ class Leader:
                 generation.note(alone)
             return None
         if cache is None:
-            return self._deal(self._expected, index)
+            return self._deal(self._expected, index) if call.denoiser.name in self._looked else None
         if not cache.by_context or call.context is None:
             if index and self.remotes:
                 generation.note(cache.why_alone)
@@ -258,9 +259,9 @@ class Leader:
             generation.steps.append(generation.step)
             generation.step = Step()
 
-    def _run(self, generation: Generation, call: Call, *, as_given: bool = False, graphs: Graphs | None = None) -> Any:
+    def _run(self, generation: Generation, call: Call, *, graphs: Graphs | None = None, **how: bool) -> Any:
         start = mark(self.device)
-        output = call.run(self.device, graphs, as_given=as_given)
+        output = call.run(self.device, graphs, **how)
         generation.forwards.append((start, mark(self.device)))
         generation.local_calls += 1
         return output
@@ -305,12 +306,16 @@ class Leader:
     def _run_as_given(self, generation: Generation, call: Call, signature: Any, hooked: bool) -> Any:
         """The first run of a call. A denoiser that leaves something behind can only run where the pipeline looks."""
         name, module = call.denoiser.name, call.denoiser.module
-        looks = bool(self.remotes) and signature not in self._templates and name not in self._alone
-        before = traces(module) if looks else {}
-        output = self._run(generation, call, as_given=True, graphs=None if hooked else self.graphs)
-        call.given = None
+        looks = bool(self.remotes) and (signature not in self._templates or name not in self._looked)
+        before, given = (traces(module), list(tensors_in(call.given))) if looks else ({}, [])
+        graphs = None if hooked or name in self._alone else self.graphs
+        output = self._run(generation, call, as_given=True, graphs=graphs)
         if looks and left_something(before, traces(module)):
             self._alone[name] = "a forward leaves something behind in an object that the denoiser holds"
+        elif looks and not set(map(id, tensors_in(call.given))) <= set(map(id, given)):
+            self._alone[name] = "a forward keeps something in one of its arguments"
+        self._looked.add(name)
+        call.given = None
         return output
 
     # One call, shipped.
@@ -434,7 +439,7 @@ class Leader:
             )
         if self._is_hooked(call.denoiser):
             raise RecordingError("The denoiser has other hooks by now than in a call that is to be run again here.")
-        return encode_plain(self._run(generation, call, graphs=self.graphs))[1]  # type: ignore[return-value]
+        return encode_plain(self._run(generation, call, graphs=self.graphs, for_good=True))[1]  # type: ignore[return-value]
 
     def _try_split(
         self,

@@ -461,7 +461,7 @@ def _follow_rows(node: Node, func: Any, args: Any, waiting: list[PendingPredicti
     parent = waiting[0]._node
     leaf = parent.leaf if parent.op is not None else parent if parent.rows else None
     if leaf is not None and leaf.is_listed:
-        _follow_listed_rows(node, leaf, waiting)
+        _follow_listed_rows(node, func, leaf, waiting)
         return
     if leaf is None or not node.specs or args[0] is not waiting[0]:
         return
@@ -481,13 +481,13 @@ def _follow_rows(node: Node, func: Any, args: Any, waiting: list[PendingPredicti
         node.leaf = leaf
 
 
-def _follow_listed_rows(node: Node, leaf: Node, waiting: list[PendingPrediction]) -> None:
+def _follow_listed_rows(node: Node, func: Any, leaf: Node, waiting: list[PendingPrediction]) -> None:
     """Rows that are outputs of their own are of two branches when they are combined: `pos[i] - neg[i]`."""
     places = [(p._node, p._index) if p._node.op is None else (p._node.leaf, p._node.row) for p in waiting]
     rows = {row for source, row in places if source is leaf and row is not None}
     if len(rows) == 1 and all(source is leaf for source, _ in places):
         node.leaf, node.row = leaf, rows.pop()
-    elif len(rows) == 2:
+    elif len(rows) == 2 and func not in (aten.stack.default, aten.cat.default):  # which make a batch of two images
         distance = max(rows) - min(rows)
         if leaf.rows % distance == 0 and leaf.rows > distance:
             leaf.row_splits.add(leaf.rows // distance)

@@ -173,13 +173,15 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
 
 def traces(module: torch.nn.Module) -> dict[Any, int | float]:
     """What forwards of `module` can have left behind in plain objects that it holds, such as a store of attention
-    maps that a pipeline looks into: the lengths of containers, and counts, by place. Not in modules themselves, and no single
-    tensors: those a replica makes for itself, once (tables, the state of a quantized weight)."""
+    maps that a pipeline looks into: lengths of containers, counts, tensors, by place. Not in modules themselves, where
+    it is tables that a replica makes for itself."""
     found: dict[Any, int | float] = {}
 
     def look(value: Any, place: Any, depth: int) -> None:
         if type(value) in (int, float):
             found[place] = value
+        elif isinstance(value, torch.Tensor):
+            found[place] = id(value)
         elif isinstance(value, (dict, list, tuple, set)):
             found[place] = len(value)
             items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -198,22 +200,16 @@ def traces(module: torch.nn.Module) -> dict[Any, int | float]:
 
 
 def left_something(before: dict[Any, int | float], after: dict[Any, int | float]) -> bool:
+    """What is new in its place, a replica makes for itself, too: the state of a quantized weight."""
     return any(before[place] != after[place] for place in before.keys() & after.keys())
 
 
 _TRACES_DEPTH = 5
 _NO_STORES = (
-    *(torch.nn.Module, torch.Tensor, type, functools.partial),
+    *(torch.nn.Module, type, functools.partial),
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType),
 )
-    torch.nn.Module,
-    torch.Tensor,
-    type,
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinFunctionType,
-    functools.partial,
-)
+
 
 # `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
@@ -261,7 +257,7 @@ class Hooks:
     def __init__(self, module: torch.nn.Module) -> None:
         moving = restless(module)  # group offload takes some hooks off in its first forward
         self._modules = [(sub.__dict__, None if id(sub) in moving else type(sub)) for sub in module.modules()]
-        self._replaceable = [each for each in self._modules if "forward" in each[0] or "processor" in each[0]]
+        self._replaceable = [each for each in self._modules if _can_be_replaced(each[0])]
         self._dicts = [attributes for attributes, _ in self._modules]
         self._dicts += [attributes[key] for attributes, _ in self._modules for key in _HOOKS]
         self._lengths = list(map(len, self._dicts))
@@ -271,13 +267,16 @@ class Hooks:
         # What is put on a module makes a dict longer; only what is there can be replaced.
         if list(map(len, self._dicts)) == self._lengths and self._look(self._replaceable) == self._seen_replaceable:
             return False
-        return self._look(self._modules) != self._seen
+        if self._look(self._modules) != self._seen:
+            return True
+        self._lengths = list(map(len, self._dicts))
+        return False
 
     def _look(self, modules: Sequence[tuple[dict[str, Any], Any]]) -> list[Any]:
         return [
             (
                 _own_forward(attributes.get("forward"), cls),
-                id(attributes.get("processor")),
+                _processor(attributes),
                 *(key for hooks in _HOOKS for key in attributes[hooks]),
             )
             for attributes, cls in modules
@@ -287,11 +286,20 @@ class Hooks:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def _own_forward(forward: Any, cls: Any) -> int | None:
+def _own_forward(forward: Any, cls: Any) -> Any:
     """What stands in the place of the class's forward. A hook that is taken off leaves that one as a bound method."""
     if cls is None or forward is None or getattr(forward, "__func__", None) is cls.forward:
         return None
-    return id(forward)
+    return forward
+
+
+def _processor(attributes: dict[str, Any]) -> Any:
+    return attributes.get("processor") or attributes["_modules"].get("processor")
+
+
+def _can_be_replaced(attributes: dict[str, Any]) -> bool:
+    hooked = any(attributes[hooks] for hooks in _HOOKS)
+    return hooked or "forward" in attributes or _processor(attributes) is not None
 
 
 def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
