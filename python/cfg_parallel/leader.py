@@ -110,6 +110,7 @@ class Leader:
                 del learned[signature]  # type: ignore[attr-defined]
         self._alone.pop(denoiser, None)
         self._looked.discard(denoiser)
+        self._expected = 1  # its first call runs here, to be looked at, and the second beside it
         self.graphs.forget(denoiser)
 
     def know_hooks(self, denoiser: Denoiser) -> None:
