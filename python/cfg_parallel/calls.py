@@ -102,14 +102,12 @@ class Call:
                     return graphs.run(self.denoiser.name, self.denoiser.module, body, cast("Any", tensors))
                 except UnshippableError as error:  # what has no bytes has no graph, and the report says so
                     graphs.eager[str(error)] += 1
+            module = self.denoiser.module
             if as_given and self.given is not None:
-                return self.denoiser.module(*self.given[0], **self.given[1])
+                args, kwargs = self.given
+                return module(*args, **kwargs)
             args, kwargs = self._copies()
-            return (
-                self.denoiser.module(*args, **kwargs)
-                if for_good
-                else call_with_copies(self.denoiser.module, args, kwargs)
-            )
+            return module(*args, **kwargs) if for_good else call_with_copies(module, args, kwargs)
 
     def _copies(self) -> tuple[Any, Any]:
         """The arguments, in new containers."""
@@ -136,10 +134,10 @@ class Call:
         return next((_length(t) for t in tensors_in((self.args, self.kwargs)) if t.dim()), 0)
 
     def manners(self) -> list[Manner]:
-        """Those that cut other arguments than the ones before."""
+        """Those that cut other arguments than the first does."""
         rows = self.rows()
         tensors = list(tensors_in((self.args, self.kwargs)))
-        cuts = {manner: [_dim_of_rows(tensor, rows, manner) for tensor in tensors] for manner in reversed(MANNERS)}
+        cuts = {manner: [_dim_of_rows(tensor, rows, manner) for tensor in tensors] for manner in MANNERS}
         return [manner for manner in MANNERS if manner == "rows" or cuts[manner] != cuts["rows"]]
 
     def split(self, branches: int, manner: Manner = "rows") -> list[Call]:

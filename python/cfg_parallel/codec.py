@@ -73,6 +73,11 @@ class TensorSpec:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+def version(tensor: torch.Tensor) -> int:
+    """Counts the writes to a tensor. One of inference mode has no such count, which is -1."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """True when the elements fill one span of memory without gap or overlap, in whatever order of dimensions."""
     expected = 1

@@ -16,8 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cfg_parallel import numerics
-from cfg_parallel.codec import flat_bytes
-from cfg_parallel.timesteps import version
+from cfg_parallel.codec import flat_bytes, version
 
 _LIMIT = 32_768  # coefficients, of 512 bytes each on a GPU; a schedule of 50 steps has about 4,000
 _IDLE_STEPS = 3  # in a row that copied nothing; most schedulers never do

@@ -59,8 +59,7 @@ def compile_denoiser(
         raise ConfigurationError(f"{type(module).__name__} declares no repeated blocks to compile; use compile='full'.")
     convolutional = _is_convolutional(module)
     regional = mode == "regional" or (mode is True and repeated and not convolutional)
-    parts = [sub for sub in module.modules() if not regional or type(sub).__name__ in repeated]
-    parts = parts if regional else [module]
+    parts = [sub for sub in module.modules() if type(sub).__name__ in repeated] if regional else [module]
     converted = _to_channels_last(module) if convolutional else []
 
     def undo() -> None:

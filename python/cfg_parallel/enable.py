@@ -78,8 +78,8 @@ def enable_cfg_parallel(
             launching takes the host longer than the GPU needs, or after many calls of one kind. A forward that cannot
             be captured stays eager. False: never.
         compile: torch.compile on every device, another image than eager PyTorch's: "regional" (the denoiser's repeated
-            blocks, half a minute), "full" (all of it, a minute or two), or True: what suits the model. CUDA graphs are
-            made of compiled forwards too. Compiles in the first calls; a UNet's weights become channels_last.
+            blocks, the quickest), "full" (all of it, in minutes), or True: what suits the model. CUDA graphs are made of
+            compiled forwards too. Compiles in the first calls; a UNet's weights become channels_last.
         compile_options: arguments of torch.compile, such as mode="max-autotune-no-cudagraphs".
         prepare: a function of the denoiser, called with it before it is used and with its copy on every device: sets an
             attention backend, quantizes, patches a library. As it gets copies of what it has prepared, it must leave
@@ -180,12 +180,11 @@ class Leading(CfgParallel):
         self._watches: dict[str, Watch] = {}
         self._warned_of_graphs = False
         self._preparation = preparation
-        self._undo: dict[str, Callable[[], None]] = {}
         self._clock: CompileClock | None = None
         self._spmd = spmd.rank() is not None
         try:
             for denoiser in self._denoisers.values():
-                self._prepare(denoiser)
+                preparation.apply(denoiser.name, denoiser.module)
             self._connect(remotes)
             for denoiser in self._denoisers.values():
                 self._ship(denoiser, remotes)
@@ -194,7 +193,7 @@ class Leading(CfgParallel):
                     remote.send_output(None)  # the other ranks are prepared
         except BaseException:
             self._close.detach()  # the caller has the followers
-            self._unprepare()
+            preparation.undo()
             raise
         super().__init__(pipe, list(modules), devices[0])
         self._signature = inspect.signature(self._class.__call__)
@@ -233,15 +232,6 @@ class Leading(CfgParallel):
         if self.transport == "nccl":
             for remote in remotes:
                 remote.use_nccl()
-
-    def _prepare(self, denoiser: Denoiser) -> None:
-        self._undo.pop(denoiser.name, lambda: None)()
-        self._undo[denoiser.name] = self._preparation.apply(denoiser.name, denoiser.module)
-
-    def _unprepare(self) -> None:
-        for undo in self._undo.values():
-            undo()
-        self._undo.clear()
 
     def _ship(self, denoiser: Denoiser, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
@@ -363,7 +353,7 @@ class Leading(CfgParallel):
                 seen = getattr(type(unwrap(current)), "_cfg_parallel_denoiser", None)
                 # torch.compile(pipe.transformer) has compiled the view, so that a forward would come back to it.
                 denoiser.module = current if seen is None else compile_as(current, seen.module)
-                self._prepare(denoiser)
+                self._preparation.apply(name, denoiser.module)
                 pipe.__dict__[name] = denoiser_view(denoiser, self._leader)  # type: ignore[union-attr]
                 self._ship(denoiser, self._leader.remotes)
             elif fingerprint(denoiser.module) != self._shipped[name]:
@@ -462,7 +452,7 @@ class Leading(CfgParallel):
                         pipe.__dict__[name] = denoiser.module
                 if "scheduler" in pipe.__dict__:
                     pipe.__dict__["scheduler"] = original_scheduler(pipe.__dict__["scheduler"])
-            self._unprepare()
+            self._preparation.undo()
             if self._clock is not None:
                 self._clock.close()
             self._leader.graphs.clear()  # the handle may outlive them
@@ -486,13 +476,13 @@ class Serving(CfgParallel):
         device: torch.device,
     ) -> None:
         self._serving = serving
-        self._undo: list[Callable[[], None]] = []
+        self._preparation = preparation
         try:
             for name, module in modules.items():
-                self._undo.append(preparation.apply(name, module))
+                preparation.apply(name, module)
             serving.prepare(modules)
         except BaseException:
-            self._unprepare()
+            preparation.undo()
             raise
         self._close = weakref.finalize(pipe, serving.close)
         super().__init__(pipe, list(modules), device)
@@ -508,13 +498,9 @@ class Serving(CfgParallel):
         pipe, was_enabled = self._pipe(), self._close.alive
         super().disable()
         self._close()
-        self._unprepare()
+        self._preparation.undo()
         if pipe is not None and was_enabled:
             offload_all(pipe)
-
-    def _unprepare(self) -> None:
-        while self._undo:
-            self._undo.pop()()
 
 
 def _close_all(remotes: list[RemoteFollower], pid: int) -> None:

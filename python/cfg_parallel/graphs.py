@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from cfg_parallel.caches import Cache
 from cfg_parallel.calls import call_with_copies
-from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense
+from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense, version
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.offload import restless
@@ -61,11 +61,11 @@ class Graph:
     def run(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The output for these arguments, in memory of its own."""
         for i, (place, tensor) in enumerate(zip(self.arguments, tensors, strict=True)):
-            version = -1 if tensor.is_inference() else tensor._version
-            if self.seen and version != -1 and self.seen[i][0] is tensor and self.seen[i][1] == version:
+            now = version(tensor)
+            if self.seen and now != -1 and self.seen[i][0] is tensor and self.seen[i][1] == now:
                 continue
             place.copy_(tensor)
-        self.seen = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        self.seen = [(tensor, version(tensor)) for tensor in tensors]
         self.replay()
         self.replays += 1
         return decode(self.body, [result.clone() for result in self.results])

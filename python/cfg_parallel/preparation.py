@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle
@@ -17,13 +17,14 @@ from cfg_parallel.errors import ConfigurationError
 Prepare = Callable[[torch.nn.Module], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Preparation:
-    """As asked for in enable_cfg_parallel."""
+    """As asked for in enable_cfg_parallel, and what takes its compilations back."""
 
     prepare: Prepare | None = None
     compile: CompileMode = False
     compile_options: Mapping[str, Any] | None = None
+    _undo: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse what cannot work before anything is started."""
@@ -32,13 +33,18 @@ class Preparation:
             raise ConfigurationError(f"Expected prepare to be a function of the denoiser, but got {self.prepare!r}.")
         encode(self.prepare, [])
 
-    def apply(self, name: str, module: torch.nn.Module) -> Callable[[], None]:
-        """Prepare `module` in place; returns what takes the compilation back."""
+    def apply(self, name: str, module: torch.nn.Module) -> None:
+        """Prepare `module` in place. A compilation of the module that had this name before is taken back."""
+        self._undo.pop(name, lambda: None)()
         if self.prepare is not None:
             self.prepare(compiling.unwrap(module))
-        if self.compile is False:
-            return lambda: None
-        return compiling.compile_denoiser(name, module, self.compile, self.compile_options)
+        if self.compile is not False:
+            self._undo[name] = compiling.compile_denoiser(name, module, self.compile, self.compile_options)
+
+    def undo(self) -> None:
+        """Take all compilations back. May be called twice."""
+        while self._undo:
+            self._undo.popitem()[1]()
 
 
 def encode(prepare: Prepare | None, compiled: list[Compiled]) -> bytes:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.codec import version
+
 Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
@@ -92,7 +94,7 @@ class Node:
     def settle(self, values: Sequence[torch.Tensor]) -> None:
         """Note the values, and let go of what led here."""
         self.values = values
-        self.settled_versions = [-1 if value.is_inference() else value._version for value in values]
+        self.settled_versions = list(map(version, values))
         self.args, self.kwargs, self.versions, self.force, self.leaf, self.left_by = (), {}, (), None, None, None
         self.borrow = None
         recording.unsettled.discard(self)
@@ -149,8 +151,8 @@ def run(node: Node) -> None:
 
 def check_versions(node: Node) -> None:
     """Raise RecordingError when an operand of `node` is no longer what it was when the op was recorded."""
-    for operand, version in node.versions:
-        if operand._version != version:
+    for operand, then in node.versions:
+        if operand._version != then:
             _overwritten(node, operand)
     for ref in node.operands():
         if ref.node.values is not None:

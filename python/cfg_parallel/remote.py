@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from cfg_parallel.caches import Cache
-from cfg_parallel.codec import Rows, TensorSpec, UnshippableError, encode_plain, encode_structure
+from cfg_parallel.codec import Rows, TensorSpec, UnshippableError, encode_plain, encode_structure, version
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.link import Link
@@ -407,7 +407,7 @@ class RemoteFollower:
 def _identity(tensor: torch.Tensor | Rows) -> tuple[Any, ...]:
     """The tensor, kept alive so that identity is sound, its version, and which rows. Version -1 never matches."""
     base, *rows = (tensor.base, tensor.start, tensor.stop, tensor.dim) if isinstance(tensor, Rows) else (tensor,)
-    return base, -1 if base.is_inference() else base._version, *rows
+    return base, version(base), *rows
 
 
 def _same(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:

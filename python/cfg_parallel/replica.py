@@ -13,7 +13,7 @@ import torch
 
 from cfg_parallel import caches
 from cfg_parallel.caches import hooks_of
-from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart
+from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart, version
 from cfg_parallel.compiling import find_compiled, unwrap
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
@@ -22,6 +22,12 @@ from cfg_parallel.offload import FIRST_FORWARD_HOOKS, follow, group_offload, res
 from cfg_parallel.preparation import Prepare, apply_to_replica, encode
 
 _CHUNK = 256 << 20  # bytes of weights in one message
+_TRACES_DEPTH = 5
+_NO_STORES = (
+    *(torch.nn.Module, type, functools.partial),
+    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType),
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def send_replica(
@@ -204,13 +210,6 @@ def left_something(before: dict[Any, int | float], after: dict[Any, int | float]
     return any(before[place] != after[place] for place in before.keys() & after.keys())
 
 
-_TRACES_DEPTH = 5
-_NO_STORES = (
-    *(torch.nn.Module, type, functools.partial),
-    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType),
-)
-
-
 # `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
 _NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
@@ -283,9 +282,6 @@ class Hooks:
         ]
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
 def _own_forward(forward: Any, cls: Any) -> Any:
     """What stands in the place of the class's forward. A hook that is taken off leaves that one as a bound method."""
     if cls is None or forward is None or getattr(forward, "__func__", None) is cls.forward:
@@ -307,17 +303,16 @@ def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     if is_special(tensor):
         kind, parts, context, *_ = take_apart(tensor)
         return id(kind), *(item for part in parts.values() for item in _tensor(part)[1:]), _setting(context)
-    return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype
+    return id(tensor), version(tensor), tensor.data_ptr(), tensor.dtype
 
 
 def _moving_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     """`.to()`, which brings it to a forward and back, gives a parameter other memory, and replaces a buffer."""
     identity = id(tensor) if isinstance(tensor, torch.nn.Parameter) else None
-    version = -1 if tensor.is_inference() else tensor._version
     if is_special(tensor):
         kind, parts, context, *_ = take_apart(tensor)
-        return identity, version, id(kind), *(part.dtype for part in parts.values()), _setting(context)
-    return identity, version, tensor.shape, tensor.dtype
+        return identity, version(tensor), id(kind), *(part.dtype for part in parts.values()), _setting(context)
+    return identity, version(tensor), tensor.shape, tensor.dtype
 
 
 def _setting(value: Any) -> Any:

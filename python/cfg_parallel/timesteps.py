@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.codec import version
+
 # Results of these are known too, if all tensors that they are computed from are. On CPUs and GPUs they are the same.
 _TWINS = {
     *("__getitem__", "unbind", "select", "expand", "view", "reshape", "flatten", "squeeze", "unsqueeze"),
@@ -87,10 +89,6 @@ def know(timesteps: torch.Tensor) -> torch.Tensor:
     if isinstance(timesteps, HostKnown) and timesteps._is_current():
         return timesteps
     return HostKnown(plain(timesteps), plain(timesteps).cpu().clone())
-
-
-def version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_known(obj: Any) -> bool:
