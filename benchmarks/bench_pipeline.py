@@ -154,7 +154,8 @@ class Bench:
         into.pictures.append(picture)
         if self.leader.type == "cuda":
             into.peak_gib = max(into.peak_gib or 0.0, torch.cuda.max_memory_allocated(self.leader) / 2**30)
-        say(f"{mode}: {statistics.median(step_ms):.2f} ms a step, {total:.2f} s, picture std {picture.std():.3f}")
+        slowest = max(step_ms)
+        say(f"{mode}: {statistics.median(step_ms):.2f} ms a step, at most {slowest:.2f}, {total:.2f} s in all")
 
     def synchronize(self) -> None:
         if self.leader.type == "cuda":

@@ -19,10 +19,10 @@ device, without waiting. The processes of `all-gather` and `ulysses` run the sam
 does between two forwards is in every row, and their pictures can be compared as well.
 
 What is interleaved: each model and size has a process of its own, and every round in it measures the baseline and then
-each mode once. Modes stay up between the rounds: pipeline objects that share the denoiser on the first device, with a
-follower each, and pairs of processes. Modes that do not fit into memory beside the ones before come afterwards, in
-rounds of their own with the baseline. Peaks of the first device are those of the process, so they hold the graphs of
-the other modes of the same rounds too. Models and sizes are not interleaved.
+each mode once. Modes start side by side and stay up between the rounds: pipeline objects that share the denoiser on
+the first device, with a follower each, and pairs of processes. Modes that do not fit into memory beside the ones before
+come afterwards, in rounds of their own with the baseline. Peaks of the first device are those of the process, so they
+hold the graphs of the other modes of the same rounds too. Models and sizes are not interleaved.
 
     python benchmarks/bench_step.py --models sd15,qwen-image --scale tiny --devices cpu,cpu --steps 4     # dry run
 
@@ -36,6 +36,7 @@ import contextlib
 import copy
 import datetime
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -48,6 +49,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -375,21 +377,22 @@ def forward_keys(reports: list[Any]) -> dict[str, Any]:
 # One model and size: the worker.
 
 
-def fits(mode: Mode, bench: Bench, peak: int, resting: int) -> bool:
-    """Whether the memory of `mode` is free beside what is up already. `peak` and `resting` are the baseline's bytes."""
+def needed_memory(mode: Mode, bench: Bench, peak: int, resting: int) -> list[int]:
+    """Bytes of each GPU that `mode` needs beside the baseline, whose own are `peak` and `resting`."""
     if bench.leader.type != "cuda":
-        return True
-    forward = peak - resting  # more than that, as it holds the VAE's memory too
+        return []
     if mode.prepare is not None:
-        needed = [peak, peak]
-    else:
-        weights = sum(parameter.nbytes for parameter in bench.denoiser.parameters())
-        needed = [weights * mode.own_denoiser + forward, weights + forward][: mode.size]
-    for device, need in zip(bench.args.devices, needed, strict=False):
-        free, total = torch.cuda.mem_get_info(torch.device(device))
-        if free - need < total // 20:
-            return False
-    return True
+        return [peak, peak]
+    forward = peak - resting  # more than that, as it holds the VAE's memory too
+    weights = sum(parameter.nbytes for parameter in bench.denoiser.parameters())
+    return [weights * mode.own_denoiser + forward, weights + forward][: mode.size]
+
+
+def free_memory(bench: Bench) -> list[int]:
+    """Bytes of each GPU that modes may take."""
+    if bench.leader.type != "cuda":
+        return []
+    return [free - total // 20 for free, total in map(torch.cuda.mem_get_info, map(torch.device, bench.args.devices))]
 
 
 @dataclass
@@ -423,7 +426,8 @@ def work(args: argparse.Namespace) -> Outcome:
     baseline = Measured()
     waiting = [mode for mode in args.modes if mode != ONE_GPU]
     while True:
-        beside, waiting = one_group(bench, waiting, outcome, partial(fits, bench=bench, peak=peak, resting=resting))
+        needed = partial(needed_memory, bench=bench, peak=peak, resting=resting)
+        beside, waiting = one_group(bench, waiting, outcome, needed)
         one = beside.pop(ONE_GPU)
         for measured, part in ((baseline.step_ms, one.step_ms), (baseline.total_s, one.total_s)):
             measured.extend(part)
@@ -444,24 +448,38 @@ def work(args: argparse.Namespace) -> Outcome:
 
 
 def one_group(
-    bench: Bench, modes: list[str], outcome: Outcome, fit: Callable[[Mode], bool]
+    bench: Bench, modes: list[str], outcome: Outcome, needed: Callable[[Mode], list[int]]
 ) -> tuple[dict[str, Measured], list[str]]:
     """Rounds of the baseline and of as many of `modes` as fit beside each other. Returns them, and the other modes."""
     results = {ONE_GPU: Measured()}
-    waiting = list(modes)
     gc.collect()
     if bench.leader.type == "cuda":
         torch.cuda.empty_cache()  # what the last group's graphs held is free for other processes
+    free = free_memory(bench)
+    beside: list[str] = []
+    for mode in modes:
+        left = [has - need for has, need in itertools.zip_longest(free, needed(MODES[mode]), fillvalue=0)]
+        if not beside or min(left, default=0) >= 0:  # a smaller one may still fit after one that does not
+            beside.append(mode)
+            free = left
     with contextlib.ExitStack() as everything:
-        up: dict[str, tuple[Round, contextlib.ExitStack]] = {}
-        for mode in modes:
-            if up and not fit(MODES[mode]):
-                continue  # a smaller one may still fit
-            waiting.remove(mode)
+        # Pairs of processes start while pipelines are enabled. Nothing is measured until all are up.
+        starters = everything.enter_context(ThreadPoolExecutor())
+        opened: dict[str, tuple[Future[Round], contextlib.ExitStack]] = {}
+        for mode in sorted(beside, key=lambda mode: MODES[mode].prepare is None):
             stack = everything.enter_context(contextlib.ExitStack())
+            if MODES[mode].prepare is not None:
+                opened[mode] = starters.submit(stack.enter_context, in_two_processes(mode, bench)), stack
+            else:
+                opened[mode] = Future(), stack
+                try:
+                    opened[mode][0].set_result(stack.enter_context(enabled(mode, bench)))
+                except Exception as error:
+                    opened[mode][0].set_exception(error)
+        up: dict[str, tuple[Round, contextlib.ExitStack]] = {}
+        for mode in beside:
             try:
-                opened = enabled if MODES[mode].enable is not None else in_two_processes
-                up[mode] = stack.enter_context(opened(mode, bench)), stack
+                up[mode] = opened[mode][0].result(), opened[mode][1]
             except Exception as error:
                 outcome.fail(mode, error)
             else:
@@ -477,7 +495,7 @@ def one_group(
                     del up[mode], results[mode]
                     stack.close()
                 print(f"{PROGRESS}{mode}", flush=True)
-    return results, waiting
+    return results, [mode for mode in modes if mode not in beside]
 
 
 def row(

@@ -352,9 +352,10 @@ def test_modes_that_do_not_fit_beside_others_have_rounds_of_their_own(monkeypatc
         yield lambda into: measured.append(mode)
         up.remove(mode)
 
-    def fit(mode: bench_step.Mode) -> bool:
-        return len(up) + mode.size <= 3
+    def needed(mode: bench_step.Mode) -> list[int]:
+        return [mode.size]
 
+    monkeypatch.setattr(bench_step, "free_memory", lambda bench: [3])
     monkeypatch.setattr(bench_step, "enabled", opened)
     monkeypatch.setattr(bench_step, "in_two_processes", opened)
     bench: Any = SimpleNamespace(
@@ -362,10 +363,10 @@ def test_modes_that_do_not_fit_beside_others_have_rounds_of_their_own(monkeypatc
     )
     modes = ["one-gpu-graphs", "two-gpu-eager", "two-gpu-graphs", "all-gather"]
     outcome = bench_step.Outcome()
-    results, waiting = bench_step.one_group(bench, modes, outcome, fit)
+    results, waiting = bench_step.one_group(bench, modes, outcome, needed)
     assert measured == ["one-gpu-eager", "one-gpu-graphs", "two-gpu-eager"] * 2
     assert (list(results), waiting) == (["one-gpu-eager", *modes[:2]], modes[2:])
-    results, waiting = bench_step.one_group(bench, waiting, outcome, lambda mode: False)
+    results, waiting = bench_step.one_group(bench, waiting, outcome, lambda mode: [4])
     assert (list(results), waiting) == (["one-gpu-eager", "two-gpu-graphs"], ["all-gather"]), "the first always starts"
     assert not up and not outcome.failed
 
@@ -379,13 +380,17 @@ def test_memory_that_a_mode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         args=SimpleNamespace(devices=devices), leader=torch.device(devices[0]), denoiser=denoiser
     )
 
-    def fits(mode: str, *bytes_free: int) -> bool:
-        free.update(enumerate(bytes_free))
-        return bench_step.fits(bench_step.MODES[mode], bench, peak=40, resting=30)
+    def needed(mode: str) -> list[int]:
+        return bench_step.needed_memory(bench_step.MODES[mode], bench, peak=40, resting=30)
 
-    assert fits("one-gpu-graphs", 15, 0) and not fits("one-gpu-graphs", 14, 0)
-    assert fits("two-gpu-graphs", 15, 35) and not fits("two-gpu-graphs", 15, 34)
-    assert fits("all-gather", 45, 45) and not fits("all-gather", 44, 99) and not fits("all-gather", 99, 44)
+    assert needed("one-gpu-graphs") == [10]
+    assert needed("two-gpu-graphs") == [10, 30]
+    assert needed("two-gpu-compiled") == [30, 30]
+    assert needed("all-gather") == [40, 40]
+    free.update({0: 50, 1: 60})
+    assert bench_step.free_memory(bench) == [45, 55]
+    bench.leader = torch.device("cpu")
+    assert needed("all-gather") == bench_step.free_memory(bench) == []
 
 
 def test_what_cannot_run_is_left_out() -> None:

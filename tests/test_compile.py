@@ -51,7 +51,8 @@ def paths(module: torch.nn.Module) -> list[str]:
         ("qwen_image", "regional", ["transformer_blocks.0", "transformer_blocks.1"]),
         ("qwen_image", "full", [""]),
         ("sd15", True, [""]),
-        ("sd3", True, [""]),
+        ("sd3", True, ["transformer_blocks.0", "transformer_blocks.1"]),
+        ("sd3", "full", [""]),
     ],
 )
 def test_what_is_compiled(name: str, mode: Any, expected: list[str]) -> None:
@@ -70,8 +71,10 @@ def test_what_is_compiled(name: str, mode: Any, expected: list[str]) -> None:
 
 
 def test_regional_needs_repeated_blocks() -> None:
-    with pytest.raises(ConfigurationError, match=r"SD3Transformer2DModel declares no repeated blocks.*compile='full'"):
-        cfg_parallel.enable_cfg_parallel(TINY["sd3"].build(), cfg_parallel_size=1, compile="regional")
+    pipe = TINY["sd3"].build()
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[1:]
+    with pytest.raises(ConfigurationError, match=r"SD3Transformer2DModel has no repeated blocks.*compile='full'"):
+        cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1, compile="regional")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,43 @@ def test_compiled_on_both_sides(name: str) -> None:
     assert torch.equal(first, again)
     if name == "qwen_image":
         assert torch.equal(first, plain)
+
+
+def counting(code: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """A backend that notes the rows of the latents that it compiles for; kernels of convolutions are small."""
+    images = [value for value in inputs if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[-1] > 3]
+    BATCHES.extend(image.shape[0] for image in images)
+    return code.forward  # type: ignore[no-any-return]
+
+
+BATCHES: list[int] = []
+
+
+def test_a_batch_of_branches_is_never_compiled_for() -> None:
+    """Only the first call has both, and it is run to be looked at."""
+    BATCHES.clear()
+    tiny = TINY["sd15"]
+    pipe = tiny.build()
+    with cfg_parallel.enable_cfg_parallel(
+        pipe, **CPUS, compile="full", compile_options={"backend": counting}
+    ) as handle:
+        first = generate(pipe, tiny.inputs())
+        assert handle.report.parallel_steps == handle.report.steps
+        assert torch.equal(generate(pipe, tiny.inputs()), first)
+    assert BATCHES and set(BATCHES) == {1}
+
+
+def test_two_images_without_guidance_are_compiled_for() -> None:
+    """A batch that turns out to be no branches has the compiled bits, in the first call too."""
+    tiny = TINY["sd15"]
+    inputs = functools.partial(tiny.inputs, guidance_scale=1.0, num_images_per_prompt=2)
+    one, two = tiny.build(), tiny.build()
+    compiling.compile_denoiser("unet", one.unet, "full", {"backend": halving})
+    expected = generate(one, inputs())
+    with cfg_parallel.enable_cfg_parallel(two, **CPUS, compile="full", compile_options={"backend": halving}):
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="cfg-parallel"):
+                assert torch.equal(generate(two, inputs()), expected)
 
 
 USERS: dict[str, Callable[[Any], Any]] = {

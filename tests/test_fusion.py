@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from cfg_parallel import ConfigurationError, enable_cfg_parallel
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import flat_bytes
 from cfg_parallel.fusion import CHECKED, Fusion
-from cfg_parallel.launch import LaunchError
+from cfg_parallel.launch import LaunchError, NotCompiledError
 from cfg_parallel.leader import Leader
 from cfg_parallel.pending import PendingPrediction, RecordingError, is_unsettled, pending_outputs, settle, settle_all
 from cfg_parallel.program import Program, interpret
@@ -231,7 +232,7 @@ def test_settled_at_the_end_what_somebody_holds(fusion: Fusion) -> None:
 
 @pytest.mark.parametrize("execute", [None, interpret])
 def test_latents_that_each_call_casts_make_no_step_of_their_own(execute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device: (execute, "interpreter"))
+    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device, wait: (execute, "interpreter"))
     linear = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
     leader = Leader(CPU, [])
     leader.begin()
@@ -291,6 +292,26 @@ def test_a_check_that_failed_is_none(error: Exception) -> None:
     fusion.remove()
     assert not fusion.fused
     assert fusion.replayed[str(error)] == 2
+
+
+def test_nobody_waits_for_a_compiler(fusion: Fusion) -> None:
+    """Two steps are replayed while the kernel of the check is compiled, then one in which it is compared; likewise the
+    kernel that waits for the prediction."""
+    asked: Counter[bool] = Counter()
+
+    def execute(program: Program, *args: Any) -> None:
+        arrival = args[3] if len(args) > 3 else None
+        asked[arrival is not None] += 1
+        if asked[arrival is not None] <= 2:
+            raise NotCompiledError("the fused kernels are being compiled")
+        interpret(program, *args)
+
+    fusion.execute = execute
+    for i in range(8):
+        p, n, sample = predictions(3, seed=i)
+        assert torch.equal(settle(step(Arriving(p).pending, pend(n), sample)), step(p, n, sample))
+    assert fusion.replayed == {"the fused kernels are being compiled": 4, CHECKED: 1}
+    assert fusion.fused == {"cfg + flow_match_euler (interpreter)": 3}
 
 
 def test_a_launch_that_cannot_be_made_is_replayed(fusion: Fusion) -> None:
@@ -485,7 +506,7 @@ def test_a_value_left_out_is_computed_from_the_kept_prediction(fusion: Fusion) -
 
 @pytest.fixture
 def with_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device: (interpret, "interpreter"))
+    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device, wait: (interpret, "interpreter"))
 
 
 @pytest.mark.usefixtures("with_interpreter")

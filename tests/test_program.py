@@ -11,7 +11,7 @@ import torch
 
 from cfg_parallel import codegen, extension
 from cfg_parallel.fusion import Fusion, Plan
-from cfg_parallel.launch import launch
+from cfg_parallel.launch import NotCompiledError, finish_compiling, launch
 from cfg_parallel.pending import pending_outputs, settle
 from cfg_parallel.program import (
     DTYPES,
@@ -304,6 +304,19 @@ def test_random_program(seed: int) -> None:
     program, inputs, scalars = _random_program(random.Random(seed))
     outputs = [[torch.empty(program.shape, dtype=o.dtype, device="cuda") for o in program.outputs] for _ in range(2)]
     launch(program, inputs, scalars, outputs[0])
+    interpret(program, inputs, scalars, outputs[1])
+    for got, expected in zip(*outputs, strict=True):
+        assert same_bits(got, expected)
+
+
+@pytest.mark.gpu
+def test_a_launch_that_does_not_wait_for_its_kernel() -> None:
+    program, inputs, scalars = _random_program(random.Random(4321))
+    outputs = [[torch.empty(program.shape, dtype=o.dtype, device="cuda") for o in program.outputs] for _ in range(2)]
+    with pytest.raises(NotCompiledError, match="are being compiled"):
+        launch(program, inputs, scalars, outputs[0], wait=False)
+    finish_compiling()
+    launch(program, inputs, scalars, outputs[0], wait=False)
     interpret(program, inputs, scalars, outputs[1])
     for got, expected in zip(*outputs, strict=True):
         assert same_bits(got, expected)

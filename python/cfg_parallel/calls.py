@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
-from cfg_parallel import caches
+from cfg_parallel import caches, compiling
 from cfg_parallel.caches import Cache
 from cfg_parallel.codec import Rows, UnshippableError, encode_plain, map_tensors, signature, tensors_in
 
@@ -32,6 +32,16 @@ class Denoiser:
     module: torch.nn.Module
     context: tuple[str, dict[str, Any]] | None = None
     cache: Cache | None = None
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Its calls inside run without compiled code."""
+        compiled = self.module
+        with compiling.uncompiled(compiled) as self.module:
+            try:
+                yield
+            finally:
+                self.module = compiled
 
 
 class Split(NamedTuple):

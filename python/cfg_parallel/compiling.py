@@ -48,18 +48,18 @@ def compile_denoiser(
 ) -> Callable[[], None]:
     """Have `module` compiled when it is called, in place; returns what takes that back.
 
-    True is "regional" (the repeated blocks, one compilation for all) for transformers that declare them and "full" for
-    the others. Convolutions get weights in the channels_last format, which is theirs on a GPU."""
+    True is "regional" (the repeated blocks, one compilation for all) for transformers made of them and "full" for the
+    others. Convolutions get weights in the channels_last format, which is theirs on a GPU."""
     if is_compiled(module):
         raise ConfigurationError(
             f"The denoiser {name!r} is compiled already; leave compile= out, or its own compile()."
         )
-    repeated: list[str] = getattr(module, "_repeated_blocks", None) or []
+    repeated = _repeated_blocks(module)
     if mode == "regional" and not repeated:
-        raise ConfigurationError(f"{type(module).__name__} declares no repeated blocks to compile; use compile='full'.")
+        raise ConfigurationError(f"{type(module).__name__} has no repeated blocks to compile; use compile='full'.")
     convolutional = _is_convolutional(module)
     regional = mode == "regional" or (mode is True and repeated and not convolutional)
-    parts = [sub for sub in module.modules() if type(sub).__name__ in repeated] if regional else [module]
+    parts = repeated if regional else [module]
     converted = _to_channels_last(module) if convolutional else []
 
     def undo() -> None:
@@ -75,6 +75,15 @@ def compile_denoiser(
         undo()
         raise
     return undo
+
+
+def _repeated_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Those that diffusers declares. Where it does not (SD 3): the model's lists of blocks of one class."""
+    declared = getattr(module, "_repeated_blocks", None)
+    if declared:
+        return [sub for sub in module.modules() if type(sub).__name__ in declared]
+    lists = [list(child) for child in module.children() if isinstance(child, torch.nn.ModuleList) and len(child) > 1]
+    return [block for blocks in lists if len(set(map(type, blocks))) == 1 for block in blocks]
 
 
 def _is_convolutional(module: torch.nn.Module) -> bool:

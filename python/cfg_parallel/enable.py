@@ -78,8 +78,8 @@ def enable_cfg_parallel(
             launching takes the host longer than the GPU needs, or after many calls of one kind. A forward that cannot
             be captured stays eager. False: never.
         compile: torch.compile on every device, another image than eager PyTorch's: "regional" (the denoiser's repeated
-            blocks, the quickest), "full" (all of it, in minutes), or True: what suits the model. CUDA graphs are made of
-            compiled forwards too. Compiles in the first calls; a UNet's weights become channels_last.
+            blocks, the quickest), "full" (all of it, in minutes), or True: what suits the model. CUDA graphs are made
+            of compiled forwards too. Compiles in the first calls; a UNet's weights become channels_last.
         compile_options: arguments of torch.compile, such as mode="max-autotune-no-cudagraphs".
         prepare: a function of the denoiser, called with it before it is used and with its copy on every device: sets an
             attention backend, quantizes, patches a library. As it gets copies of what it has prepared, it must leave

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cfg_parallel.codec import flat_bytes
-from cfg_parallel.launch import Execute, LaunchError
+from cfg_parallel.launch import Execute, LaunchError, NotCompiledError
 from cfg_parallel.lowering import (
     BINARY,
     NORM,
@@ -155,7 +155,8 @@ class Fusion:
             try:
                 self._run(plan, recorded)
             except LaunchError as error:
-                self._give_up(plan, recorded, str(error))
+                if not isinstance(error, NotCompiledError):
+                    self._give_up(plan, recorded, str(error))
                 replay(nodes)
                 return str(error)
             return None
@@ -163,10 +164,10 @@ class Fusion:
         replay(nodes)
         if plan.unfit is not None:
             return plan.unfit
-        self._check(plan, recorded)
+        reason = self._check(plan, recorded)
         for position, what in left.items():  # as if the plan had been followed: it shows whether they are missed
             nodes[position].forget_values(what, recorded.ways[position])
-        return CHECKED
+        return reason
 
     def _run(self, plan: Plan, recorded: _Recorded) -> None:
         nodes = recorded.nodes
@@ -223,17 +224,22 @@ class Fusion:
             return into  # type: ignore[return-value]
         return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
 
-    def _check(self, plan: Plan, recorded: _Recorded) -> None:
-        """Compare the plan's results with those of a replay. Waits for the device: once for each plan."""
+    def _check(self, plan: Plan, recorded: _Recorded) -> str:
+        """Compare the plan's results with those of a replay. Waits for the device: once for each plan, when all of its
+        kernels are there. Returns why the recording was replayed."""
+        reason = CHECKED
         for action in plan.actions:
             if isinstance(action, int):
                 continue
             try:
                 outputs = [self._empty(recorded, position) for position in action.outputs]
                 self._launch(action, recorded, outputs)
+            except NotCompiledError as error:
+                reason = str(error)
+                continue
             except (LaunchError, torch.OutOfMemoryError) as error:  # the replay has given every value that is needed
                 self._give_up(plan, recorded, str(error))
-                return
+                return CHECKED
             for position, value in zip(action.outputs, outputs, strict=True):
                 expected = recorded.nodes[position].values
                 assert expected is not None
@@ -241,8 +247,10 @@ class Fusion:
                     self._give_up(
                         plan, recorded, f"the fused kernel ({plan.label}) does not round as PyTorch does here"
                     )
-                    return
-        self._checked.add(recorded.key)
+                    return CHECKED
+        if reason is CHECKED:
+            self._checked.add(recorded.key)
+        return reason
 
     def _give_up(self, plan: Plan, recorded: _Recorded, reason: str) -> None:
         """Replay recordings of this kind from now on; first without norms, of which the kernels do not do all."""

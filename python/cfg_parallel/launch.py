@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,19 +22,24 @@ class LaunchError(CfgParallelError):
     """The kernels cannot run a program, on these tensors. Nothing was launched."""
 
 
+class NotCompiledError(LaunchError):
+    """The kernel is being compiled beside whatever the caller does next."""
+
+
 _MOST_SAMPLES = 65534  # of a grid's second dimension, and even: sums begin at a multiple of 8 bytes
 
 Execute = Callable[..., None]  # `launch`, or what takes its place
 
 
-def executor(device: torch.device) -> tuple[Execute | None, str]:
-    """What runs programs on `device`, and its name; None and why there is nothing."""
+def executor(device: torch.device, wait: bool = True) -> tuple[Execute | None, str]:
+    """What runs programs on `device`, and its name; None and why there is nothing. Unless it is to `wait`, it raises
+    NotCompiledError for kernels that are not there yet: a compilation takes as long as many steps of a small model."""
     if device.type != "cuda":
         return None, f"there are no fused kernels for {device.type}"
     missing = extension.missing_reason() or nvrtc.missing_reason()
     if missing is not None:
         return None, missing
-    return launch, "cuda"
+    return functools.partial(launch, wait=wait), "cuda"
 
 
 def launch(
@@ -43,11 +49,12 @@ def launch(
     outputs: Sequence[torch.Tensor],
     arrival: Arrival | None = None,
     keep: torch.Tensor | None = None,
+    wait: bool = True,
 ) -> None:
     """Fill `outputs` with one kernel on the current stream of their device.
 
     With an `arrival`, the input that is None is its only tensor: the kernel waits for it, chunk by chunk, and copies it
-    to `keep`, which is laid out alike, if that is given."""
+    to `keep`, which is laid out alike, if that is given. `wait` is as in `executor`."""
     device = outputs[0].device
     peer = None
     if arrival is not None:
@@ -65,6 +72,8 @@ def launch(
         if missing is not None:
             _, width, arriving = missing
             text = codegen.source(program, width, arriving if arriving >= 0 else None)
+            if not (wait or _image(text, device.index).done()):
+                raise NotCompiledError("the fused kernels are being compiled")
             native.add(missing, _kernel(text, device.index))
             native.launch(*addresses, scalars, device.index, stream, peer, statistics)
     except (extension.load().Error, codegen.Ungeneratable, nvrtc.NvrtcError) as error:
@@ -129,6 +138,26 @@ def _native(program: Program) -> Any:
 @functools.cache
 def _kernel(source: str, device: int) -> Any:
     """Programs with the same source share the kernel; it is never unloaded."""
-    native = extension.load()
-    image = nvrtc.compile_kernel(source, native.kernel_headers(), torch.cuda.get_device_capability(device))
-    return native.Kernel(image, "cfg_parallel_program", device)
+    return extension.load().Kernel(_image(source, device).result(), "cfg_parallel_program", device)
+
+
+_images: list[Future[bytes]] = []
+
+
+@functools.cache
+def _image(source: str, device: int) -> Future[bytes]:
+    """The kernel's machine code, once it is compiled."""
+    capability = torch.cuda.get_device_capability(device)
+    _images.append(_compilers().submit(nvrtc.compile_kernel, source, extension.load().kernel_headers(), capability))
+    return _images[-1]
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, "cfg-parallel-nvrtc")
+
+
+def finish_compiling() -> None:
+    """Wait until every kernel that was asked for is there."""
+    for image in _images:
+        image.exception()

@@ -22,6 +22,7 @@ from cfg_parallel import numerics
 from cfg_parallel.caches import BATCH
 from cfg_parallel.calls import Branch, Call, Denoiser, Split, deal
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
+from cfg_parallel.compiling import is_compiled
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.fusion import Fusion
 from cfg_parallel.graphs import GraphMode, Graphs
@@ -91,7 +92,8 @@ class Leader:
     ) -> None:
         self.device = device
         self.remotes = remotes
-        self.fusion = Fusion(device, *executor(device), exact)
+        # Where a replay has the same bits, nobody waits for a compiler.
+        self.fusion = Fusion(device, *executor(device, wait=not exact), exact)
         self.graphs = Graphs(device, graphs)
         self.generation: Generation | None = None
         self.before_step: Callable[[], None] | None = None
@@ -270,7 +272,13 @@ class Leader:
     # One call, run here.
 
     def _run_here(self, generation: Generation, call: Call, signature: Any, hooked: bool = False) -> Any:
-        output = self._run_as_given(generation, call, signature, hooked)
+        rows = call.rows()
+        # To compile for a batch that is about to be taken apart would take as long as for the parts.
+        is_new = bool(self.remotes) and rows > 1 and signature not in self._templates and not hooked
+        may_run_again = is_new and call.denoiser.cache is None and call.denoiser.name not in self._alone
+        eagerly = may_run_again and is_compiled(call.denoiser.module)
+        with call.denoiser.uncompiled() if eagerly else contextlib.nullcontext():
+            output = self._run_as_given(generation, call, signature, hooked or eagerly)
         step = generation.step
         step.branches += 1
         try:
@@ -282,7 +290,6 @@ class Leader:
         values = [t if is_dense(t) else t.clone() for t in cast("list[torch.Tensor]", tensors)]
         specs = [TensorSpec.of(tensor, self.device) for tensor in values]
         self._templates[signature] = Template(body, specs)
-        rows = call.rows()
         cache = call.denoiser.cache
         listed = call.is_listed()
         by_rows = len(specs) == rows if listed else all(spec.shape[:1] == (rows,) for spec in specs)
@@ -293,12 +300,17 @@ class Leader:
             if may_split and len(node.row_splits) == 1:
                 why = self._alone.get(call.denoiser.name, self._whole.get(signature))
                 why = cache.why_alone if cache is not None else why
-                if why is not None:
+                if why is None:
+                    joined = self._try_split(
+                        generation, step, call, signature, next(iter(node.row_splits)), values, eagerly
+                    )
+                    if joined is not None:
+                        return joined
+                else:
                     generation.note(why)
                     step.branches += next(iter(node.row_splits)) - 1
-                    return values
-                return self._try_split(generation, step, call, signature, next(iter(node.row_splits)), values)
-            return values
+            may_run_again = call.denoiser.name not in self._alone and self._is_as_it_was(call)
+            return self._run_again(generation, call) if eagerly and may_run_again else values
 
         node, pendings = self._pending(force, specs, rows if may_split else 0, listed)
         step.nodes.append(node)
@@ -450,30 +462,47 @@ class Leader:
         signature: Any,
         branches: int,
         whole: Sequence[torch.Tensor],
-    ) -> Sequence[torch.Tensor]:
-        """The first time that a batch shows itself as one: are its rows independent? Costs an extra forward."""
-        if not call.unchanged() or self._is_hooked(call.denoiser):
-            return whole
+        eagerly: bool,
+    ) -> Sequence[torch.Tensor] | None:
+        """The first time that a batch shows itself as one: are its rows independent? Costs an extra forward. None when
+        they are not. `eagerly`: `whole` was not computed by compiled code, so its parts are to be compared without."""
+        if not self._is_as_it_was(call):
+            return None
         step.branches += branches - 1
         shipped = step.shipped
         reasons: list[str] = []
         for manner in call.manners():
+            split = Split(branches, manner)
             try:
-                parts, _ = self._split_rows(generation, step, call, Split(branches, manner))
-                joined = join(parts, call.is_listed())
+                if eagerly:
+                    joined = join(self._eager_parts(generation, call, split), call.is_listed())
+                else:
+                    joined = join(self._split_rows(generation, step, call, split)[0], call.is_listed())
                 reason = _difference(whole, joined)
             except (torch.OutOfMemoryError, RecordingError):
                 raise
             except Exception as error:  # whatever a model says to a batch of another size
                 reason = f"one branch alone raised {type(error).__name__}: {error}"
             if reason is None:
-                self._splits[signature] = Split(branches, manner)
+                self._splits[signature] = split
+                if eagerly:
+                    joined = join(self._split_rows(generation, step, call, split)[0], call.is_listed())
                 return joined
             reasons.append(reason)
             step.shipped = shipped
         self._whole[signature] = f"the rows of a batch cannot be computed apart ({reasons[0]})"
         generation.note(self._whole[signature])
-        return whole
+        return None
+
+    def _eager_parts(self, generation: Generation, call: Call, split: Split) -> list[list[PendingPrediction]]:
+        """The parts of a batch, one after the other on this device, without compiled code."""
+        with call.denoiser.uncompiled():
+            outputs = [encode_plain(self._run(generation, part)) for part in call.split(*split)]
+        return [settled_outputs(tensors) for _, tensors in outputs]  # type: ignore[arg-type]
+
+    def _is_as_it_was(self, call: Call) -> bool:
+        """Whether the call can be run again."""
+        return call.unchanged() and not self._is_hooked(call.denoiser)
 
     # Shared.
 
