@@ -346,14 +346,26 @@ def enabled(mode: str, bench: Bench) -> Iterator[Round]:
     with cfg_parallel.enable_cfg_parallel(mine.pipe, devices=devices, transport=transport, **settings) as handle:
         bench_pipeline.say(f"{mode}: enabled")
         mine.generate(WARMUP_STEPS)
+        compile_s = [round(handle.report.compile_seconds, 1), round(handle.report.follower_compile_seconds, 1)]
+        bench_pipeline.say(f"{mode}: warm, compiled in {compile_s} s")
         reports: list[Any] = []
+        overheads: list[float] = []
 
         def measure(into: Measured) -> None:
+            before = len(into.step_ms)
             mine.measure(mode, into)
             reports.append(handle.report)
-            into.extra |= forward_keys(reports) | {"report": handle.report.to_dict()}
+            overheads.extend(overhead(into.step_ms[before:], handle.report.step_forward_ms))
+            into.extra |= forward_keys(reports) | {"report": handle.report.to_dict(), "compile_s": compile_s}
+            into.extra["overhead_ms"] = round(statistics.median(overheads), 3) if overheads else None
 
         yield measure
+
+
+def overhead(step_ms: list[float], step_forward_ms: list[float]) -> list[float]:
+    """What each step takes beside the forwards of the device that was busy longest. Empty where they are not known."""
+    forwards = step_forward_ms[SKIPPED_STEPS:]
+    return [step - forward for step, forward in zip(step_ms, forwards, strict=True)] if forwards else []
 
 
 def forward_keys(reports: list[Any]) -> dict[str, Any]:
@@ -506,8 +518,7 @@ def row(
     values |= {"bench": "step", "baseline_ms": round(statistics.median(one.step_ms), 3)}
     values.setdefault("leader_forward_ms", None)
     values.setdefault("follower_forward_ms", None)
-    forwards = [values[key] for key in ("leader_forward_ms", "follower_forward_ms") if values[key] is not None]
-    values["overhead_ms"] = round(values["ms"] - max(forwards), 3) if forwards else None
+    values.setdefault("overhead_ms", None)
     if mode == ONE_GPU:
         return values
     if MODES[mode].size == 1:

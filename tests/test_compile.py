@@ -245,6 +245,31 @@ def test_graphs_of_compiled_forwards(path: str) -> None:
     assert any(kept.data_ptr() == model.tables[0].data_ptr() for kept in graph.keeps)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_nothing_is_compiled_during_a_capture(cast: bool) -> None:
+    compiled: list[Any] = []
+
+    def backend(code: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(code)
+        return code.forward
+
+    def capture(forward: Callable[[], Any]) -> Any:
+        before = len(compiled)
+        captured = rerun(forward)
+        assert len(compiled) == before
+        return captured
+
+    model = Tables().eval()
+    model.compile(backend=backend)
+    graphs = Graphs(torch.device("cpu"), True, capture)
+    graphs.begin(None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        for _ in range(3):
+            run(graphs, model, torch.ones(4))
+    assert graphs.captured == 1, graphs.failure
+    assert len(compiled) == 1 + cast  # a setting of autocast's cache is another kind of code
+
+
 def test_code_with_graphs_of_its_own_is_left_alone() -> None:
     model = Tables().eval()
     model.compile(backend=halving)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cfg_parallel.report import Report, median
+from cfg_parallel.report import Report, median, of_each_step
 
 NORMAL: dict[str, Any] = {
     "devices": ["cuda:0", "cuda:1"],
@@ -164,3 +164,9 @@ def test_text_and_dict(changes: dict[str, Any]) -> None:
 
 def test_median() -> None:
     assert median([]) is None and median([3.0, 1.0, 2.0]) == 2.0
+
+
+def test_forwards_of_each_step() -> None:
+    assert of_each_step([[1.0, 2.0], [3.0, 1.0]], 2) == [3.0, 2.0]
+    assert of_each_step([[1.0, 2.0, 3.0, 4.0]], 2) == [3.0, 7.0]
+    assert of_each_step([[1.0, 2.0, 3.0], [1.0, 2.0]], 2) == of_each_step([[1.0], []], 1) == of_each_step([[]], 0) == []

@@ -31,7 +31,7 @@ from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.preparation import Preparation, Prepare
 from cfg_parallel.remote import PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
-from cfg_parallel.report import Report, median
+from cfg_parallel.report import Report, median, of_each_step
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.transports import ASKED_FOR, resolve
 
@@ -384,7 +384,8 @@ class Leading(CfgParallel):
             torch.cuda.synchronize(self.devices[0])
         forwards = [elapsed_ms(*marks) for marks in generation.forwards]
         statistics = [remote.statistics() for remote in remotes if remote.check() is None]
-        remote_forwards = [ms for each in statistics for ms in each["forward_ms"]]
+        sides = [forwards, *(each["forward_ms"] for each in statistics)]
+        remote_forwards = [ms for side in sides[1:] for ms in side]
         receives = sum(elapsed_ms(*marks) for remote in remotes for marks in remote.sent.receives)
         launch_waits = sum(remote.sent.wait_ms for remote in remotes)
         graphs = [self._leader.graphs.counts(), *(each["graphs"] for each in statistics)]
@@ -410,6 +411,7 @@ class Leading(CfgParallel):
             follower_forward_ms=median(remote_forwards),
             leader_busy_ms=sum(forwards),
             follower_busy_ms=sum(remote_forwards),
+            step_forward_ms=of_each_step(sides, len(generation.steps)),
             follower_peak_bytes=max(peaks, default=None),
             replica_bytes=sum(remote.replica[0] for remote in remotes),
             replica_seconds=sum(remote.replica[1] for remote in remotes),

@@ -246,22 +246,22 @@ class Graphs:
         args, kwargs = decode(body, places)
 
         reads = _Reads()
-
         looking: Any = reads
-        if is_compiled(module):
-            looking = contextlib.nullcontext()
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                with uncompiled(module) as eager, reads:
-                    eager(*args, **kwargs)
-                args, kwargs = decode(body, places)  # a model may have emptied a list
-                module(*args, **kwargs)  # whatever these tensors need to be compiled anew for
-            args, kwargs = decode(body, places)
+        with _without_cast_cache(self.device.type):
+            if is_compiled(module):
+                looking = contextlib.nullcontext()
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                    with uncompiled(module) as eager, reads:
+                        eager(*args, **kwargs)
+                    args, kwargs = decode(body, places)  # a model may have emptied a list
+                    module(*args, **kwargs)  # whatever these tensors need to be compiled anew for
+                args, kwargs = decode(body, places)
 
-        def forward() -> Any:
-            with looking:
-                return encode_plain(module(*args, **kwargs))
+            def forward() -> Any:
+                with looking:
+                    return encode_plain(module(*args, **kwargs))
 
-        (output, results), replay = self._capture(forward)
+            (output, results), replay = self._capture(forward)
         if versions != [place._version for place in places]:
             raise UncapturableError("it overwrites one of its arguments")
         return Graph(replay, places, output, results, reads.tensors)
@@ -291,6 +291,14 @@ class _Reads(TorchDispatchMode):
                     yield tensor
 
 
+def _without_cast_cache(device_type: str) -> Any:
+    """Weights that autocast has cast and kept would be freed before a graph that reads them is. Compiled code is made
+    for one setting of it, so what is to be captured runs once before in the same context."""
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
+
+
 def _layout(tensor: torch.Tensor, device: torch.device) -> tuple[Any, ...]:
     """What of a tensor the kernels that a forward chooses may depend on. A timestep is an element of a table: where it
     lies is another place in each step, and of no consequence."""
@@ -312,13 +320,10 @@ class _CudaCapture:
             if self._stream is None:
                 self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            cast = torch.is_autocast_enabled("cuda")
-            # Weights that autocast has cast and kept would be freed before the graph is.
-            autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=cast, cache_enabled=False)
             # Other threads, of the transport for one, go on calling CUDA.
             capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             try:
-                with autocast, capturing:
+                with capturing:
                     output = forward()
             except BaseException:
                 self._recover()

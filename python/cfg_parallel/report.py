@@ -13,7 +13,9 @@ class Report:
 
     `leader_wait_ms` is the time in which the leader's device had nothing to do but wait for the followers' predictions,
     `follower_wait_ms` the time between a follower's forwards, `launch_wait_ms` the time in which the leader's host
-    waited for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards.
+    waited for a follower to launch. `leader_busy_ms` and `follower_busy_ms` add up the forwards. `step_forward_ms`
+    has, for each step, what the forwards took on the device that was busy longest; it is empty where a device did not
+    run as many in each step.
 
     `gpus` are the devices' names, and empty when they have none.
 
@@ -44,6 +46,7 @@ class Report:
     follower_forward_ms: float | None = None
     leader_busy_ms: float = 0.0
     follower_busy_ms: float = 0.0
+    step_forward_ms: list[float] = field(default_factory=list)
     follower_peak_bytes: int | None = None
     replica_bytes: int = 0
     replica_seconds: float = 0.0
@@ -160,6 +163,14 @@ class Report:
         rows += [("note", f"{reason} ({count}x)") for reason, count in self.notes.items()]
         rows.append(("result", self.why))
         return "\n".join(f"{name:>10}  {text}" for name, text in rows)
+
+
+def of_each_step(forwards: list[list[float]], steps: int) -> list[float]:
+    """`Report.step_forward_ms` of the forwards of each device."""
+    if steps == 0 or any(not mine or len(mine) % steps for mine in forwards):
+        return []
+    counts = [len(mine) // steps for mine in forwards]
+    return [max(sum(mine[i * n : (i + 1) * n]) for mine, n in zip(forwards, counts, strict=True)) for i in range(steps)]
 
 
 def median(values: list[float]) -> float | None:
