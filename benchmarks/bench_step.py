@@ -336,6 +336,7 @@ def twin(pipe: Any, model: str, own_denoiser: bool = False) -> Any:
 def enabled(mode: str, bench: Bench) -> Iterator[Round]:
     """A mode with `enable`: a pipeline that stays enabled until the context ends."""
     import cfg_parallel
+    from cfg_parallel.launch import finish_compiling
 
     settings = MODES[mode].enable
     assert settings is not None
@@ -345,8 +346,12 @@ def enabled(mode: str, bench: Bench) -> Iterator[Round]:
     transport = bench.args.transport if len(devices) > 1 else "auto"
     with cfg_parallel.enable_cfg_parallel(mine.pipe, devices=devices, transport=transport, **settings) as handle:
         bench_pipeline.say(f"{mode}: enabled")
-        mine.generate(WARMUP_STEPS)
-        compile_s = [round(handle.report.compile_seconds, 1), round(handle.report.follower_compile_seconds, 1)]
+        compile_s = [0.0, 0.0]
+        for _ in range(3):  # kernels of guidance: one that is compared, then one that waits for the prediction
+            mine.generate(WARMUP_STEPS)
+            finish_compiling()
+            spent = handle.report.compile_seconds, handle.report.follower_compile_seconds
+            compile_s = [round(before + more, 1) for before, more in zip(compile_s, spent, strict=True)]
         bench_pipeline.say(f"{mode}: warm, compiled in {compile_s} s")
         reports: list[Any] = []
         overheads: list[float] = []

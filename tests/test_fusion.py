@@ -306,12 +306,15 @@ def test_nobody_waits_for_a_compiler(fusion: Fusion) -> None:
             raise NotCompiledError("the fused kernels are being compiled")
         interpret(program, *args)
 
+    prepared: list[int] = []
     fusion.execute = execute
+    fusion.prepare = lambda program, arriving, device: prepared.append(arriving)
     for i in range(8):
         p, n, sample = predictions(3, seed=i)
         assert torch.equal(settle(step(Arriving(p).pending, pend(n), sample)), step(p, n, sample))
     assert fusion.replayed == {"the fused kernels are being compiled": 4, CHECKED: 1}
     assert fusion.fused == {"cfg + flow_match_euler (interpreter)": 3}
+    assert len(set(prepared)) == 1, "the kernel that waits is compiled beside the one that is compared"
 
 
 def test_a_launch_that_cannot_be_made_is_replayed(fusion: Fusion) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from cfg_parallel.lowering import (
 )
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.pending import settle
+from cfg_parallel.program import Program
 from cfg_parallel.recording import Node, Ref, ancestors, check_versions, recording, replay, run
 from cfg_parallel.rules import name_of
 from cfg_parallel.transports.peer import Arrival
@@ -64,13 +65,15 @@ class Plan:
 class Fusion:
     """Evaluates the recordings of one pipeline on `device`.
 
-    `execute` runs a program; None where that cannot be done, and `backend` says why. `fused` and `replayed` count the
+    `execute` runs a program; None where that cannot be done, and `backend` says why. `prepare` has a kernel compiled
+    that will wait for one of its inputs. `fused` and `replayed` count the
     evaluations that combined predictions, by rule and backend and by reason."""
 
     device: torch.device
     execute: Execute | None
     backend: str
     exact: bool = True
+    prepare: Callable[[Program, int, torch.device], None] = lambda *_: None
     fused: Counter[str] = field(default_factory=Counter)
     replayed: Counter[str] = field(default_factory=Counter)
     _plans: dict[Any, Plan] = field(default_factory=dict)
@@ -231,7 +234,10 @@ class Fusion:
         for action in plan.actions:
             if isinstance(action, int):
                 continue
+            late = [i for i, source in enumerate(action.inputs) if source.position in plan.borrowed]
             try:
+                for index in late:
+                    self.prepare(action.program, index, self.device)
                 outputs = [self._empty(recorded, position) for position in action.outputs]
                 self._launch(action, recorded, outputs)
             except NotCompiledError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -82,6 +83,12 @@ def launch(
         arrival.launched()
 
 
+def prepare(program: Program, arriving: int, device: torch.device) -> None:
+    """Have the kernel compiled that waits for input `arriving`, beside whatever the caller does next."""
+    with contextlib.suppress(codegen.Ungeneratable):  # which a launch says
+        _image(codegen.source(program, codegen.vector_width(program), arriving), device.index)
+
+
 def _statistics(program: Program, device: torch.device, stream: int) -> tuple[torch.Tensor, int, int, int, int]:
     """Memory for what the blocks of a kernel that adds up samples find, and what the kernel is told: where the sums and
     the tickets of samples lie in it, the elements of a sample, and the blocks that share one."""
@@ -154,7 +161,7 @@ def _image(source: str, device: int) -> Future[bytes]:
 
 @functools.cache
 def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, "cfg-parallel-nvrtc")
+    return ThreadPoolExecutor(4, "cfg-parallel-nvrtc")
 
 
 def finish_compiling() -> None:

@@ -26,7 +26,7 @@ from cfg_parallel.compiling import is_compiled
 from cfg_parallel.errors import FollowerLostError
 from cfg_parallel.fusion import Fusion
 from cfg_parallel.graphs import GraphMode, Graphs
-from cfg_parallel.launch import executor
+from cfg_parallel.launch import executor, prepare
 from cfg_parallel.pending import (
     Node,
     PendingPrediction,
@@ -94,6 +94,8 @@ class Leader:
         self.remotes = remotes
         # Where a replay has the same bits, nobody waits for a compiler.
         self.fusion = Fusion(device, *executor(device, wait=not exact), exact)
+        if device.type == "cuda":
+            self.fusion.prepare = prepare
         self.graphs = Graphs(device, graphs)
         self.generation: Generation | None = None
         self.before_step: Callable[[], None] | None = None
