@@ -221,7 +221,7 @@ def test_schedulers_that_copy_nothing_are_left_alone() -> None:
 
 
 def test_a_pipeline_with_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device: (interpret, "interpreter"))
+    monkeypatch.setattr("cfg_parallel.leader.executor", lambda device, wait: (interpret, "interpreter"))
     monkeypatch.setattr("cfg_parallel.enable.Coefficients", lambda device_type: Coefficients("cpu"))
     tiny = TINY["wan"]
     plain, pipe = tiny.build(), tiny.build()

@@ -157,7 +157,8 @@ def compare(case: Case, row: Row, devices: Sequence[str] = ("cpu", "cpu")) -> Ro
     assert expected and all(np.isfinite(array).all() for array in expected), "one device gives nan, inf or nothing"
     assert not same(expected, run(case.build(), case.without_guidance())), "guidance changes nothing here"
     pipe = case.build()
-    with warnings.catch_warnings(), mock.patch.object(leader, "executor", lambda device, wait: (interpret, "interpreter")):
+    interpreter = mock.patch.object(leader, "executor", lambda device, wait: (interpret, "interpreter"))
+    with warnings.catch_warnings(), interpreter:
         warnings.simplefilter("ignore")
         with cfg_parallel.enable_cfg_parallel(pipe, devices=devices, cfg_parallel_size=len(devices)) as handle:
             results = [run(pipe, case.arguments()) for _ in range(GENERATIONS)]
