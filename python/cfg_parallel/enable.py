@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import sys
+import time
 import warnings
 import weakref
 from collections import Counter
@@ -22,16 +24,18 @@ from cfg_parallel.codec import map_tensors, tensors_in
 from cfg_parallel.coefficients import Coefficients
 from cfg_parallel.compiling import CompileClock, CompileMode, compile_as, is_compiled, unwrap
 from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
-from cfg_parallel.errors import ConfigurationError, FollowerLostError
+from cfg_parallel.errors import CfgParallelError, ConfigurationError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
-from cfg_parallel.leader import Generation, Leader
+from cfg_parallel.leader import INCOMPLETE, Generation, Leader, OnLoss
 from cfg_parallel.offload import devices_of, is_offloaded, keep_on, offload_all
 from cfg_parallel.patch import CfgParallel, denoiser_view, original_scheduler, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.preparation import Preparation, Prepare
-from cfg_parallel.remote import PeerUnavailableError, RemoteFollower
+from cfg_parallel.random_state import RandomState
+from cfg_parallel.remote import START_TIMEOUT, PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
 from cfg_parallel.report import Report, median, of_each_step
+from cfg_parallel.successors import Successors
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.transports import ASKED_FOR, resolve
 
@@ -55,6 +59,7 @@ def enable_cfg_parallel(
     compile: CompileMode = False,
     compile_options: Mapping[str, Any] | None = None,
     prepare: Prepare | None = None,
+    on_follower_loss: OnLoss = "recompute",
     follower_timeout: float = 600.0,
 ) -> CfgParallel:
     """Run the guidance passes of `pipe` on `cfg_parallel_size` devices. `pipe(...)` then gives the same result, sooner.
@@ -84,6 +89,10 @@ def enable_cfg_parallel(
         prepare: a function of the denoiser, called with it before it is used and with its copy on every device: sets an
             attention backend, quantizes, patches a library. As it gets copies of what it has prepared, it must leave
             alone what is done already.
+        on_follower_loss: "recompute": when a follower dies, hangs or raises, the generation goes on here, or, where
+            what came from it cannot be trusted, begins again here with the same random numbers (callbacks see steps
+            again); one warning names the cause, and a new follower is started beside the next generations. "raise":
+            such a generation raises FollowerLostError, and the next one waits for a new follower.
         follower_timeout: seconds without an answer after which a follower is given up.
 
     Returns a handle: `handle.report` tells what happened in the last generation; as a context manager it disables on
@@ -97,6 +106,10 @@ def enable_cfg_parallel(
         raise ConfigurationError(f"Expected numerics to be 'exact' or 'fused', but got {numerics!r}.")
     preparation = Preparation(prepare, compile, compile_options)
     preparation.check()
+    if on_follower_loss not in ("recompute", "raise"):
+        raise ConfigurationError(
+            f"Expected on_follower_loss to be 'recompute' or 'raise', but got {on_follower_loss!r}."
+        )
     if cuda_graphs not in ("auto", True, False):
         raise ConfigurationError(f"Expected cuda_graphs to be 'auto', True or False, but got {cuda_graphs!r}.")
     modules = find_denoisers(pipe)
@@ -124,7 +137,17 @@ def enable_cfg_parallel(
             for device in chosen[1:]:
                 remotes.append(RemoteFollower.start(leader_device, device, follower_timeout))
         handle = Leading(
-            pipe, modules, chosen, remotes, transport, reason, numerics, cuda_graphs, preparation, follower_timeout
+            pipe,
+            modules,
+            chosen,
+            remotes,
+            transport,
+            reason,
+            numerics,
+            cuda_graphs,
+            preparation,
+            on_follower_loss,
+            follower_timeout,
         )
     except BaseException:
         for remote in remotes:
@@ -163,6 +186,7 @@ class Leading(CfgParallel):
         numerics: str,
         cuda_graphs: GraphMode,
         preparation: Preparation,
+        on_follower_loss: OnLoss,
         follower_timeout: float,
     ) -> None:
         self.devices = devices
@@ -170,9 +194,12 @@ class Leading(CfgParallel):
         self._transport_reason = transport_reason
         self._timeout = follower_timeout
         self._denoisers = {name: Denoiser(name, module) for name, module in modules.items()}
-        self._leader = Leader(devices[0], remotes, numerics == "exact", cuda_graphs)
+        self._leader = Leader(devices[0], remotes, numerics == "exact", cuda_graphs, on_follower_loss)
         self._coefficients = Coefficients("cuda")
-        self._close = weakref.finalize(pipe, _close_all, remotes, os.getpid())
+        self._successors = Successors()
+        self._close = weakref.finalize(pipe, _close_all, remotes, self._successors, os.getpid())
+        self._running = False
+        self._last_seconds = 0.0
         self._report: Report | None = None
         self._generation: Generation | None = None
         self._shipped: dict[str, Any] = {}
@@ -185,6 +212,8 @@ class Leading(CfgParallel):
         try:
             for denoiser in self._denoisers.values():
                 preparation.apply(denoiser.name, denoiser.module)
+            for remote in remotes:
+                remote.invite(self._class_modules())
             self._connect(remotes)
             for denoiser in self._denoisers.values():
                 self._ship(denoiser, remotes)
@@ -212,9 +241,11 @@ class Leading(CfgParallel):
         known = not any(map(is_compiled, others))
         pipe.__dict__["scheduler"] = scheduler_view(scheduler, self._coefficients) if known else scheduler
 
+    def _class_modules(self) -> list[str]:
+        """What a follower is to import, ahead of the weights."""
+        return [type(denoiser.module).__module__ for denoiser in self._denoisers.values()]
+
     def _connect(self, remotes: list[RemoteFollower]) -> None:
-        for remote in remotes:
-            remote.invite([type(denoiser.module).__module__ for denoiser in self._denoisers.values()])
         for remote in remotes:
             hello = remote.greet()
             _check_same(hello, self.devices[0])
@@ -256,8 +287,34 @@ class Leading(CfgParallel):
         self._say(f"compiling on {' and '.join(map(str, self.devices))}, once for each kind of call ...")
 
     def _generate(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._leader.generation is not None:  # a pipeline that calls itself, or a callback that does
+        if self._running:  # a pipeline that calls itself, or a callback that does
             return call(*args, **kwargs)
+        try:
+            self._running = True
+            may_begin_again = self._leader.on_loss == "recompute" and self._leader.remotes and not self._spmd
+            before = RandomState(self.devices[0], (args, kwargs)) if may_begin_again else None
+            try:
+                output = self._attempt(call, args, kwargs)
+            except FollowerLostError as error:
+                if before is None:
+                    raise
+                again = f"The generation begins again on {self.devices[0]}."
+                if self._generation is None or not self._generation.has_warned:
+                    warnings.warn(f"{error} {again}", stacklevel=3)
+                for remote in self._leader.remotes:
+                    remote.announced |= remote.lost is not None
+                before.restore()
+                output = self._attempt(call, args, kwargs, alone=f"{error} {again}")
+            if may_begin_again:
+                self._replace_lost(patience=0.0)  # it comes up while nothing is asked for
+            return output
+        finally:
+            self._running = False
+
+    def _attempt(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], alone: str | None = None
+    ) -> Any:
+        """A generation; `alone`, if it is to run here, says why. Raises FollowerLostError when there is no output."""
         has_callback = any("callback" in name and value is not None for name, value in kwargs.items())
         offloaded = is_offloaded(self._pipe())
 
@@ -271,12 +328,14 @@ class Leading(CfgParallel):
         self._leader.before_step = before_step if offloaded or has_callback else None
         output: Any = None
         failure: str | None = None
+        begun = False
         try:
-            self._refresh()
+            self._refresh(alone is not None)
             self._report, self._generation, self._guidance = None, None, {}
             if self._clock is not None:
                 self._clock.begin()
-            self._leader.begin()
+            begun = True
+            self._leader.begin(alone)
             for denoiser in self._denoisers.values():  # a generation that failed has left something in its caches
                 reset(denoiser.module)
                 self._leader.reset(denoiser)
@@ -290,8 +349,9 @@ class Leading(CfgParallel):
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            if self._leader.generation is not None:
+            if begun:
                 self._generation = self._leader.end()
+                self._note_success(failure)
             incomplete = self._incomplete()
             if self._spmd:
                 self._hand_out(None if incomplete else output, failure or incomplete)
@@ -307,10 +367,7 @@ class Leading(CfgParallel):
         dead = next((remote for remote in self._leader.remotes if remote.died), None)
         if dead is None:
             return None
-        return (
-            f"The follower on {dead.device} ended during the generation, and a prediction received from it just "
-            "before may be incomplete, so the result was thrown away; call the pipeline again."
-        )
+        return f"{dead.lost} {INCOMPLETE}"
 
     def _hand_out(self, output: Any, failure: str | None) -> None:
         """Under torchrun: the other ranks answer only until they have the output, so the report is made before."""
@@ -320,23 +377,70 @@ class Leading(CfgParallel):
             for remote in self._leader.remotes:
                 remote.send_output(output, failure)
 
-    def _refresh(self) -> None:
-        """Before a generation: a lost follower is replaced, and a denoiser that has changed is shipped again."""
-        for i, remote in enumerate(self._leader.remotes):
+    def _note_success(self, failure: str | None) -> None:
+        assert self._generation is not None
+        if failure is None and not self._generation.given_up:
+            self._last_seconds = self._generation.seconds
+        for place, remote in enumerate(self._leader.remotes):
+            if failure is None and remote.lost is None and self._generation.steps:
+                self._successors.worked(place)
+
+    def _replace_lost(self, patience: float) -> None:
+        """Start a follower in the place of each lost one, and take over those that are up.
+
+        Waits for them for `patience` seconds. What goes wrong costs a warning, unless a loss is to raise."""
+        deadline = time.monotonic() + patience
+        for place, remote in enumerate(self._leader.remotes):
             lost = remote.check()
-            if lost is not None and not self._spmd:
-                warnings.warn(f"{lost} A new one is started.", stacklevel=5)
-                remote.close()
-                fresh = RemoteFollower.start(self.devices[0], remote.device, self._timeout)
-                try:
-                    self._connect([fresh])
-                    for denoiser in self._denoisers.values():
-                        fresh.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
-                except BaseException:  # the lost one stays in its place, so that the next generation tries again
-                    fresh.lost = fresh.lost or "it did not come up"
-                    fresh.close()
+            if lost is None:
+                continue
+            remote.close()
+            try:
+                fresh = self._successors.get(place, functools.partial(self._start_another, remote, lost))
+                if fresh is None or not fresh.is_up(deadline - time.monotonic()):
+                    continue
+                self._connect([fresh])
+                for denoiser in self._denoisers.values():
+                    fresh.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
+            except CfgParallelError as error:
+                what = self._successors.failed(place)
+                if self._leader.on_loss == "raise":
                     raise
-                self._leader.remotes[i] = fresh
+                warnings.warn(f"{error} {self.devices[0]} goes on alone. {what}", stacklevel=6)
+            except BaseException:
+                self._successors.drop(place)
+                raise
+            else:
+                self._leader.remotes[place] = self._successors.take(place)
+
+    def _start_another(self, remote: RemoteFollower, lost: str) -> RemoteFollower:
+        if not remote.announced:
+            warnings.warn(f"{lost} A new one is started.", stacklevel=8)
+            remote.announced = True
+        fresh = RemoteFollower.start(self.devices[0], remote.device, self._timeout)
+        try:
+            fresh.invite(self._class_modules())
+        except BaseException:
+            fresh.close()
+            raise
+        return fresh
+
+    def wait_until_ready(self, timeout: float = 180.0) -> bool:
+        """Wait until followers that are being started serve; whether all do then. Starts them where some are lost."""
+        with self._lock:
+            if not self._spmd:
+                self._replace_lost(timeout)
+            return all(remote.check() is None for remote in self._leader.remotes)
+
+    def _refresh(self, alone: bool) -> None:
+        """Before a generation: a lost follower is replaced, and a denoiser that has changed is shipped again."""
+        if not self._spmd and not alone:
+            must = self._leader.on_loss == "raise"
+            # Longer than the last generation took, waiting for a second device saves nothing.
+            self._replace_lost(START_TIMEOUT if must else self._last_seconds)
+            lost = next((remote.lost for remote in self._leader.remotes if remote.lost is not None), None)
+            if must and lost is not None:
+                raise FollowerLostError(f"{lost} {self._successors.next_try()}")
         pipe = self._pipe()
         self._view_scheduler(pipe)
         for name, denoiser in self._denoisers.items():
@@ -440,7 +544,7 @@ class Leading(CfgParallel):
             self._warned_of_graphs = True
             warnings.warn(f"cfg-parallel runs without CUDA graphs: {failure}.", stacklevel=4)
         shared = any(0 < step.shipped < step.branches for step in generation.steps)
-        if generation.steps and not shared and len(self.devices) > 1:
+        if generation.steps and not shared and len(self.devices) > 1 and not generation.given_up:
             warnings.warn(f"cfg-parallel: {self.report.why}", stacklevel=4)
 
     def disable(self) -> None:
@@ -505,9 +609,10 @@ class Serving(CfgParallel):
             offload_all(pipe)
 
 
-def _close_all(remotes: list[RemoteFollower], pid: int) -> None:
+def _close_all(remotes: list[RemoteFollower], successors: Successors, pid: int) -> None:
     if os.getpid() != pid:  # a forked child that ends has nothing to close
         return
+    successors.close()
     for remote in remotes:
         remote.close()
 

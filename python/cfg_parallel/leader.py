@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -40,12 +40,15 @@ from cfg_parallel.pending import (
     settled_outputs,
 )
 from cfg_parallel.recording import ancestors
-from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower
+from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower, Sent
 from cfg_parallel.replica import Hooks, left_something, traces
 from cfg_parallel.timesteps import HostKnown, plain
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.peer import Arrival
 
+OnLoss = Literal["recompute", "raise"]
+
+INCOMPLETE = "A prediction received from it just before may be incomplete."
 _LEARNED_LIMIT = 4096  # signatures; a server with prompts of every length must not grow
 # A split by rows runs other kernels, which round otherwise; a wrong split changes the result. Relative 2-norms.
 _SPLIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -78,7 +81,8 @@ class Generation:
     fused: dict[str, int] = field(default_factory=dict)  # rule and backend -> steps
     replayed: dict[str, int] = field(default_factory=dict)  # reason -> steps
     branches: dict[tuple[str, str], Branch] = field(default_factory=dict)  # by denoiser with a cache, and context
-    given_up: set[int] = field(default_factory=set)  # followers that failed
+    given_up: set[int] = field(default_factory=set)  # followers that failed, or are not there
+    has_warned: bool = False
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
 
@@ -88,9 +92,15 @@ class Generation:
 
 class Leader:
     def __init__(
-        self, device: torch.device, remotes: list[RemoteFollower], exact: bool = True, graphs: GraphMode = False
+        self,
+        device: torch.device,
+        remotes: list[RemoteFollower],
+        exact: bool = True,
+        graphs: GraphMode = False,
+        on_loss: OnLoss = "recompute",
     ) -> None:
         self.device = device
+        self.on_loss = on_loss
         self.remotes = remotes
         # Where a replay has the same bits, nobody waits for a compiler.
         self.fusion = Fusion(device, *executor(device, wait=not exact), exact)
@@ -125,16 +135,27 @@ class Leader:
         hooks = self._hooks.get(denoiser.name) if self.remotes or self.graphs.on else None
         return hooks is not None and hooks.changed()
 
-    def begin(self) -> Generation:
+    def begin(self, alone: str | None = None) -> Generation:
+        """Followers that are lost take no part, and none does in a generation that is to run here, for the reason that
+        `alone` gives."""
         forget_unsettled()
         for learned in (self._templates, self._splits, self._whole):
             if len(learned) > _LEARNED_LIMIT:
                 learned.clear()  # type: ignore[attr-defined]
         settings = numerics.capture()
-        for remote in self.remotes:
-            remote.begin(settings, self.graphs.mode)
         self.graphs.begin(settings)
         self.generation = Generation()
+        if alone is not None:
+            self.generation.note(alone)
+        for follower, remote in enumerate(self.remotes):
+            remote.sent = Sent()
+            try:
+                if remote.lost is None:
+                    remote.begin(settings, self.graphs.mode)
+            except FollowerLostError as error:
+                self._give_up(self.generation, follower, error)
+            if remote.lost is not None or alone is not None:
+                self.generation.given_up.add(follower)
         self.fusion.install()
         return self.generation
 
@@ -155,8 +176,8 @@ class Leader:
             if remote.lost is None:
                 try:
                     remote.end()
-                except FollowerLostError as error:
-                    self._give_up(generation, follower, error)
+                except FollowerLostError as error:  # after everything was computed, if `died` does not say otherwise
+                    self._warn_of_loss(generation, follower, error)
         return generation
 
     def reset(self, denoiser: Denoiser) -> None:
@@ -252,8 +273,7 @@ class Leader:
             return
         if branch.calls > 1 or generation.branches.get(branch.key) is not branch:
             raise FollowerLostError(
-                f"{why} The cache of the branch {branch.key[1]!r} is there, and without it the result would be another "
-                "one; call the pipeline again."
+                f"{why} The cache of the branch {branch.key[1]!r} is there, and the result needs it."
             )
         branch.follower = None
 
@@ -392,7 +412,10 @@ class Leader:
         except (RemoteCallError, FollowerLostError) as error:
             self._give_up(generation, follower, error, call)
             step.shipped -= 1
-        return self._run_again(generation, call)
+            try:
+                return self._run_again(generation, call)
+            except RecordingError as again:
+                raise FollowerLostError(f"{error} {again}") from error
 
     # A batch of branches, split by rows.
 
@@ -516,11 +539,24 @@ class Leader:
         return pending_outputs(force, metas, rows, listed)
 
     def _give_up(self, generation: Generation, follower: int, error: Exception, call: Call | None = None) -> None:
-        """One warning for each follower and generation; what it owes and would have got is run here."""
+        """What a follower owes, and would have got in this generation, is run here. Raises FollowerLostError where that
+        cannot save it, or is not wanted."""
+        remote = self.remotes[follower]
+        remote.announced = True
+        if self.on_loss == "raise":
+            raise FollowerLostError(str(error)) from error
+        if remote.died:
+            raise FollowerLostError(f"{error} {INCOMPLETE}") from error
         if call is not None:
             self._bring_home(generation, call.branch, str(error))
+        self._warn_of_loss(generation, follower, error)
+
+    def _warn_of_loss(self, generation: Generation, follower: int, error: Exception) -> None:
+        """Once for each follower and generation."""
+        self.remotes[follower].announced = True
         if follower not in generation.given_up:
             generation.given_up.add(follower)
+            generation.has_warned = True
             generation.note(str(error))
             warnings.warn(f"{error} Its calls of this generation are run on {self.device}.", stacklevel=2)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,6 +21,7 @@ from cfg_parallel.transports.nccl import NcclTransport
 from cfg_parallel.transports.peer import Arrival, PeerTransport
 
 _DETACH_TIMEOUT = 5.0  # seconds for the peer to let go of our memory
+_CHECKSUM = 4  # bytes, ahead of each message
 _MAX_HEADER = 1 << 30  # bytes; a longer one is a corrupted stream, not a message
 
 
@@ -52,7 +54,8 @@ class Link:
         }
         self.bytes_sent += sum(flat.numel() for flat in flats)
         try:
-            self._conn.send_bytes(pickle.dumps(header, protocol=5))
+            data = pickle.dumps(header, protocol=5)
+            self._conn.send_bytes(zlib.crc32(data).to_bytes(_CHECKSUM, "little") + data)
             if by_transport:
                 self.transport.push(by_transport, self._conn)
         except OSError as error:
@@ -68,16 +71,17 @@ class Link:
                 self.transport.check()
                 if time.monotonic() >= deadline:
                     raise FollowerLostError(f"no answer within {timeout:.0f} s")
-            header = pickle.loads(self._conn.recv_bytes(_MAX_HEADER))
+            header = _decode(self._conn.recv_bytes(_MAX_HEADER))
             if header["descriptor"] is not None:
                 self.transport.accept(header["descriptor"], self._conn)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
+        except (EOFError, OSError) as error:
             raise FollowerLostError(f"the connection closed ({type(error).__name__})") from error
         self.transport.release(header["pulled"])
         return header
 
-    def has_message(self) -> bool:
-        return self._conn.poll()
+    def has_message(self, patience: float = 0.0) -> bool:
+        """Whether there is one, or the peer has closed its end; waits for it for `patience` seconds."""
+        return self._conn.poll(patience)
 
     def pull(self, header: dict[str, Any]) -> list[torch.Tensor]:
         """The tensors that belong to `header`, on this side's device."""
@@ -175,3 +179,12 @@ class Link:
             deadline = time.monotonic() + _DETACH_TIMEOUT
             while self._conn.poll(max(0.0, deadline - time.monotonic())):
                 self._conn.recv_bytes(_MAX_HEADER)
+
+
+def _decode(message: bytes) -> dict[str, Any]:
+    """What was damaged on its way must not be unpickled: it could raise, or be, anything."""
+    checksum, data = message[:_CHECKSUM], message[_CHECKSUM:]
+    if zlib.crc32(data).to_bytes(_CHECKSUM, "little") != checksum:
+        raise FollowerLostError("a message was damaged on its way")
+    header: dict[str, Any] = pickle.loads(data)
+    return header

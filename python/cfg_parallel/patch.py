@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import operator
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ class CfgParallel:
         self._pipe = weakref.ref(pipe)
         self._class = type(pipe)
         self._lock = threading.RLock()
+        self._pid = os.getpid()
         self._names = denoisers
         self._device = device
         self._placeholders: list[Placeholder] = []
@@ -47,10 +49,18 @@ class CfgParallel:
     def _wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            self._check_process()
             with self._lock:
                 return self._generate(functools.partial(call, pipe), args, kwargs)
 
         return __call__
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:  # a lock may be held for ever here, and the followers answer one process
+            raise ConfigurationError(
+                f"The pipeline was enabled in process {self._pid}, of which this one was forked; enable cfg-parallel "
+                "after the fork, in the process that calls the pipeline."
+            )
 
     def _wrap_offload(self, enable: Callable[..., Any]) -> Callable[..., Any]:
         """The pipeline calls this too, after each generation."""
@@ -81,6 +91,11 @@ class CfgParallel:
     def report(self) -> Report:
         """What happened in the last generation. Waits for the device the first time it is asked for."""
         raise NotImplementedError
+
+    def wait_until_ready(self, timeout: float = 180.0) -> bool:
+        """Whether every follower serves. Lost ones are replaced; what is being started is waited for, for `timeout`
+        seconds."""
+        return True
 
     def disable(self) -> None:
         """Give the pipeline back as it was, and end the followers. May be called twice."""

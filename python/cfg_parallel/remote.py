@@ -31,7 +31,7 @@ from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.nccl import NcclTransport
 from cfg_parallel.transports.peer import Arrival, PeerTransport, offer
 
-_START_TIMEOUT = 180.0  # seconds: importing torch and diffusers from a cold disk takes most of a minute
+START_TIMEOUT = 180.0  # seconds: importing torch and diffusers from a cold disk takes most of a minute
 _CLOSE_TIMEOUT = 5.0
 _WATCH_INTERVAL = 0.25
 
@@ -95,9 +95,11 @@ class RemoteFollower:
         self.sent = Sent()
         self.gpu = ""  # its name, once it is up
         self.lost: str | None = None
+        self.announced = False  # the user knows that it is lost
         self.replica = (0, 0.0)
         self._died = False  # with a receive under way in NCCL, whose result is garbage
         self._started = False
+        self._since = time.monotonic()
         self._closing = False
         self._timeout = timeout
         self._stderr: Any = None
@@ -132,10 +134,23 @@ class RemoteFollower:
         """The first message. Apart from `greet`, so that several followers import these modules side by side."""
         self._send({"kind": "hello", "path": sys.path, "modules": list(modules)})
 
+    def is_up(self, patience: float) -> bool:
+        """Whether it has answered the invitation, or cannot any more, which `greet` says; waits `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while not self.link.has_message(min(_WATCH_INTERVAL, max(0.0, deadline - time.monotonic()))):
+            if not self._alive():
+                return True
+            if time.monotonic() - self._since > START_TIMEOUT:
+                with self._watch():
+                    raise FollowerLostError(f"no answer within {START_TIMEOUT:.0f} s")
+            if time.monotonic() >= deadline:
+                return False
+        return True
+
     def greet(self) -> dict[str, Any]:
         """Wait until the follower is up: who it is."""
         with self._watch():
-            header = self.link.read(_START_TIMEOUT, self._alive)
+            header = self.link.read(START_TIMEOUT, self._alive)
         self._started = True
         return header
 
@@ -146,7 +161,7 @@ class RemoteFollower:
                 self.link,
                 lambda: PeerTransport(self.link.device),
                 self._timeout,
-                lambda: self.link.read(_START_TIMEOUT, self._alive),
+                lambda: self.link.read(START_TIMEOUT, self._alive),
             )
         if failure is not None:
             raise PeerUnavailableError(failure)
@@ -157,14 +172,14 @@ class RemoteFollower:
         ids = NcclTransport.unique_ids()
         with self._watch():
             self.link.detach()
-            self.link.send({"kind": "transport", "name": "nccl", "ids": ids, "timeout": _START_TIMEOUT})
+            self.link.send({"kind": "transport", "name": "nccl", "ids": ids, "timeout": START_TIMEOUT})
             try:
-                transport = NcclTransport.connect(ids, 0, self.link.device, _START_TIMEOUT, self._silent_and_alive)
+                transport = NcclTransport.connect(ids, 0, self.link.device, START_TIMEOUT, self._silent_and_alive)
             except CfgParallelError:
                 if not self.link.has_message():
                     raise
                 raise CfgParallelError(f"NCCL could not connect: {self.link.read(1).get('message')}") from None
-            answer = self.link.read(_START_TIMEOUT, self._alive)
+            answer = self.link.read(START_TIMEOUT, self._alive)
         if answer["kind"] != "connected":
             raise CfgParallelError(f"NCCL could not connect on the follower: {answer['message']}")
         self.link.use(transport)
@@ -327,7 +342,8 @@ class RemoteFollower:
             self.sent.receives[-1][1].synchronize()  # type: ignore[union-attr]
 
     def close(self) -> None:
-        self._closing = True
+        """May be called twice."""
+        self._closing, self._died = True, False
         try:
             self.link.detach()  # before the follower frees the memory
         finally:

@@ -1,0 +1,164 @@
+"""An enabled tiny pipeline, the same one on one device, and what a fault may not leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import cfg_parallel
+from faults.faulty import Faulty
+from reference import reference
+from tiny import TINY, Tiny, generate
+
+TIMEOUT = 2.0  # seconds until a follower that hangs is given up
+LAYER = {
+    "qwen_image": "proj_out",
+    "flux": "proj_out",
+    "wan": "proj_out",
+    "sd15": "conv_out",
+    "instruct_pix2pix": "conv_out",
+}
+
+
+@dataclass
+class Outcome:
+    """Of one generation with a fault in it."""
+
+    returned: bool = False
+    equal: bool = False
+    seconds: float = 0.0
+    one_device: float = 0.0  # seconds that the same generation took there
+    told: list[str] = field(default_factory=list)  # warnings of this package
+    error: str | None = None
+    left_behind: list[str] = field(default_factory=list)
+
+    @property
+    def late(self) -> float:
+        """Seconds more than one device took."""
+        return self.seconds - self.one_device
+
+
+class World:
+    def __init__(self, name: str, device: str, folder: Path) -> None:
+        self.tiny: Tiny = TINY[name]
+        self.device = device
+        self.orders = folder / f"orders-{name}"
+        self.plain, self.pipe = (self._build() for _ in range(2))
+        devices = ["cpu", "cpu"] if device == "cpu" else None
+        # Python code in a forward is not run when a graph is replayed.
+        self.handle: Any = cfg_parallel.enable_cfg_parallel(
+            self.pipe, devices=devices, cuda_graphs=False, follower_timeout=TIMEOUT
+        )
+
+    def _build(self) -> Any:
+        pipe = self.tiny.build()
+        denoiser = getattr(pipe, self.tiny.denoiser)
+        layer = LAYER[self.tiny.name]
+        setattr(denoiser, layer, Faulty(getattr(denoiser, layer), self.orders))
+        return pipe.to(self.device)
+
+    def close(self) -> None:
+        self.handle.disable()
+
+    @property
+    def follower(self) -> Any:
+        """The process that serves now."""
+        return self.handle._leader.remotes[0].process
+
+    def order(self, what: str, after: int) -> None:
+        """The follower is to do this in its forward, after so many that go well."""
+        self.orders.write_text(f"{what}:{after}")
+
+    def draw(self, rng: random.Random) -> dict[str, Any]:
+        """Arguments of a call; again the same ones for the same state of `rng`."""
+        size = rng.choice([None, self.tiny.other_size]) if self.tiny.takes_size else None
+        return self.tiny.inputs(rng.randrange(1000), size=size, num_inference_steps=rng.randint(3, 6))
+
+    def expected(self, draw: random.Random, **changes: Any) -> tuple[torch.Tensor, float]:
+        """What one device gives, branch by branch, and in how many seconds."""
+        start = time.perf_counter()
+        out = reference(self.tiny, self.plain, self.draw(draw) | changes).cpu()
+        return out, time.perf_counter() - start
+
+    def generate(self, draw: random.Random, **changes: Any) -> torch.Tensor:
+        out: torch.Tensor = generate(self.pipe, self.draw(draw) | changes).cpu()
+        return out
+
+    def good(self, seed: int) -> float:
+        """A generation without a fault, with a follower that serves: seconds."""
+        if not self.handle.wait_until_ready(60):
+            raise AssertionError(f"no follower came up: {self.handle._leader.remotes[0].lost}")
+        expected, _ = self.expected(random.Random(seed))
+        start = time.perf_counter()
+        got = self.generate(random.Random(seed))
+        seconds = time.perf_counter() - start
+        assert torch.equal(got, expected), "without a fault the result is wrong"
+        assert self.handle.report.calls_shipped > 0, self.handle.report
+        return seconds
+
+    def attempt(self, seed: int, outcome: Outcome, **changes: Any) -> None:
+        """The generation in which the fault happens, or that comes after one. It never raises."""
+        expected, outcome.one_device = self.expected(random.Random(seed), **changes)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            start = time.perf_counter()
+            try:
+                got = self.generate(random.Random(seed), **changes)
+                outcome.returned, outcome.equal = True, torch.equal(got, expected)
+            except BaseException as error:
+                outcome.error = f"{type(error).__name__}: {error}"
+            outcome.seconds = max(outcome.seconds, time.perf_counter() - start)
+        outcome.told += [text for text in (str(warning.message) for warning in caught) if "ollower" in text]
+
+    def belongings(self) -> dict[str, int]:
+        """What this process holds: child processes, open files, shared memory, and memory of each GPU in MiB."""
+        gc.collect()
+        me = psutil.Process()
+        maps = Path("/proc/self/maps").read_text()
+        held = {
+            "processes": len(me.children(recursive=True)),
+            "open files": me.num_fds(),
+            "shared memory": maps.count("cfg-parallel"),
+        }
+        for gpu in range(torch.cuda.device_count() if self.device != "cpu" else 0):
+            torch.cuda.synchronize(gpu)
+            free, total = torch.cuda.mem_get_info(gpu)
+            held[f"MiB of cuda:{gpu}"] = (total - free) >> 20
+        return held
+
+    def left_behind(self, before: dict[str, int]) -> list[str]:
+        """What there is more of than before, when a follower serves again. A process may take a moment to go."""
+        slack = {name: 64 for name in before if name.startswith("MiB")}  # a context of another process differs a little
+        deadline = time.monotonic() + 5
+        while True:
+            now = self.belongings()
+            more = [
+                f"{name}: {before[name]} -> {now[name]}"
+                for name in now
+                if now[name] > before[name] + slack.get(name, 0)
+            ]
+            if not more or time.monotonic() > deadline:
+                return more
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def ended_follower_of(world: World) -> Iterator[Any]:
+    """The follower's process as it is now; whatever is left of it ends with the context."""
+    process = world.follower
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, 9)
