@@ -166,4 +166,3 @@ KINDS: dict[str, Kind] = {
     "a callback raises": callback_raises,
     "Ctrl-C": interrupted,
 }
-HANGS_AND_KILLS = [name for name in KINDS if name.startswith(("killed", "stopped", "exit"))]

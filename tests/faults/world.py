@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
 import random
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from faults.faulty import Faulty
 from reference import reference
 from tiny import TINY, Tiny, generate
 
+PATIENCE = 5.0  # seconds that a generation with a fault may take more than on one device
 TIMEOUT = 2.0  # seconds until a follower that hangs is given up
 LAYER = {
     "qwen_image": "proj_out",
@@ -42,11 +40,26 @@ class Outcome:
     told: list[str] = field(default_factory=list)  # warnings of this package
     error: str | None = None
     left_behind: list[str] = field(default_factory=list)
+    generations: int = 0
 
     @property
     def late(self) -> float:
         """Seconds more than one device took."""
         return self.seconds - self.one_device
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is not as it should be."""
+        found = []
+        if not self.returned:
+            found.append(f"no image: {self.error}")
+        elif not self.equal:
+            found.append("another image than one device gives")
+        if self.late > PATIENCE:
+            found.append(f"{self.late:.1f} s later than one device")
+        if len(self.told) > self.generations:
+            found.append(f"{len(self.told)} warnings: {self.told}")
+        return found + self.left_behind
 
 
 class World:
@@ -113,10 +126,13 @@ class World:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             start = time.perf_counter()
+            first, outcome.generations = outcome.generations == 0, outcome.generations + 1
             try:
                 got = self.generate(random.Random(seed), **changes)
-                outcome.returned, outcome.equal = True, torch.equal(got, expected)
+                outcome.returned = first or outcome.returned
+                outcome.equal = torch.equal(got, expected) and (first or outcome.equal)
             except BaseException as error:
+                outcome.returned = False
                 outcome.error = f"{type(error).__name__}: {error}"
             outcome.seconds = max(outcome.seconds, time.perf_counter() - start)
         outcome.told += [text for text in (str(warning.message) for warning in caught) if "ollower" in text]
@@ -151,14 +167,3 @@ class World:
             if not more or time.monotonic() > deadline:
                 return more
             time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def ended_follower_of(world: World) -> Iterator[Any]:
-    """The follower's process as it is now; whatever is left of it ends with the context."""
-    process = world.follower
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, 9)
