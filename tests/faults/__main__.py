@@ -30,7 +30,7 @@ from benchmarks.results_file import markdown_table
 
 from faults.kinds import KINDS
 from faults.run import run_case, summarize
-from faults.world import LAYER, World
+from faults.world import LAYER, World, belongings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     seeds = [options.only] if options.only is not None else range(options.seed, options.seed + options.cases)
     results: list[tuple[str, Any]] = []
     until = time.monotonic() + 60 * options.minutes
+    before = belongings(options.device)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if options.forked:
             from forked import forked_followers
@@ -70,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"FAIL seed {seed}, {kind}, {name}: {'; '.join(outcome.wrong)}", flush=True)
             else:
                 print(f"ok   seed {seed}, {kind}, {name}: {outcome.seconds:.2f} s", flush=True)
+    after = belongings(options.device)
+    left = {name: after[name] - before[name] for name in ("processes", "shared memory") if after[name] > before[name]}
+    if left:
+        print(f"FAIL left behind at the end: {left}", flush=True)
     rows = summarize(results, options.device, "forked" if options.forked else "started")
     print(markdown_table(rows, ("kind", "cases", "returned", "equal", "worst_seconds", "worst_late", "left_behind")))
     if options.out:
@@ -77,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         same = {(row["device"], row["followers"], row["kind"]) for row in rows}
         rows = [row for row in old if (row["device"], row["followers"], row["kind"]) not in same] + rows
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if any(outcome.wrong for _, outcome in results) else 0
+    return 1 if left or any(outcome.wrong for _, outcome in results) else 0
 
 
 if __name__ == "__main__":

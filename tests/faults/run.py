@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from faults.kinds import KINDS
-from faults.world import Outcome, World
+from faults.world import Outcome, World, belongings
 
 
 def run_case(world: World, kind: str, rng: random.Random) -> Outcome:
     """A good generation, the fault, and a good one again: only then is it told what was left behind."""
     world.good(rng.randrange(1000))
-    before = world.belongings()
+    before = belongings(world.device)
     outcome = Outcome()
     KINDS[kind](world, rng, outcome)
     world.good(rng.randrange(1000))

@@ -1,9 +1,9 @@
 """Thousands of generations: `python tests/faults/soak.py --generations 2000 [--device cuda] [--out ...] [--chart ...]`.
 
 One enabled pipeline with two LoRAs. Shapes, prompts, steps, seeds and the number of branches are drawn at random; now
-and then a LoRA is switched, a generation is interrupted, a callback raises, or the follower is killed. Every tenth image
-is compared with the one of one device. What each process holds is noted after every generation (resident memory, and
-memory of each GPU); the result is by how much it has grown from generations 100 to 200 to the last hundred.
+and then a LoRA is switched, a generation is interrupted, a callback raises, or the follower is killed. Every tenth
+image is compared with the one of one device. What each process holds is noted after every generation (resident memory,
+and memory of each GPU); the result is by how much it has grown from generations 100 to 200 to the last hundred.
 
 Exit status: 0, or 1 if an image was wrong or memory has grown by a hundredth. LoRAs need peft.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import time
 import warnings
@@ -137,33 +138,36 @@ class World:
             outcome.seconds = max(outcome.seconds, time.perf_counter() - start)
         outcome.told += [text for text in (str(warning.message) for warning in caught) if "ollower" in text]
 
-    def belongings(self) -> dict[str, int]:
-        """What this process holds: child processes, open files, shared memory, and memory of each GPU in MiB."""
-        gc.collect()
-        me = psutil.Process()
-        maps = Path("/proc/self/maps").read_text()
-        held = {
-            "processes": len(me.children(recursive=True)),
-            "open files": me.num_fds(),
-            "shared memory": maps.count("cfg-parallel"),
-        }
-        for gpu in range(torch.cuda.device_count() if self.device != "cpu" else 0):
-            torch.cuda.synchronize(gpu)
-            free, total = torch.cuda.mem_get_info(gpu)
-            held[f"MiB of cuda:{gpu}"] = (total - free) >> 20
-        return held
-
     def left_behind(self, before: dict[str, int]) -> list[str]:
         """What there is more of than before, when a follower serves again. A process may take a moment to go."""
-        slack = {name: 64 for name in before if name.startswith("MiB")}  # a context of another process differs a little
         deadline = time.monotonic() + 5
         while True:
-            now = self.belongings()
-            more = [
-                f"{name}: {before[name]} -> {now[name]}"
-                for name in now
-                if now[name] > before[name] + slack.get(name, 0)
-            ]
+            now = belongings(self.device)
+            more = [f"{name}: {before[name]} -> {now[name]}" for name in now if now[name] > before[name] + slack(name)]
             if not more or time.monotonic() > deadline:
                 return more
             time.sleep(0.1)
+
+
+def belongings(device: str) -> dict[str, int]:
+    """What this process holds: child processes, open files, segments of shared memory, and MiB of each GPU."""
+    gc.collect()
+    me = psutil.Process()
+    files = [os.readlink(link.path) for link in os.scandir("/proc/self/fd") if os.path.lexists(link.path)]
+    segments = sum("memfd:cfg-parallel" in name for name in files)
+    held = {
+        "processes": len(me.children(recursive=True)),
+        "open files": len(files) - segments,
+        "shared memory": segments,
+    }
+    for gpu in range(torch.cuda.device_count() if device != "cpu" else 0):
+        torch.cuda.synchronize(gpu)
+        free, total = torch.cuda.mem_get_info(gpu)
+        held[f"MiB of cuda:{gpu}"] = (total - free) >> 20
+    return held
+
+
+def slack(name: str) -> int:
+    """A connection has as many segments as it had messages on their way at once; a process's context on a GPU differs a
+    little from another's."""
+    return 64 if name.startswith("MiB") else 8 if name == "shared memory" else 0

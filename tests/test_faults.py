@@ -1,0 +1,294 @@
+"""Two cases of each kind of fault (`python tests/faults` has hundreds), and what is promised when something fails."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import cfg_parallel
+from cfg_parallel import successors
+from cfg_parallel.random_state import RandomState
+from cfg_parallel.remote import RemoteFollower
+from faults.kinds import KINDS
+from faults.run import run_case, summarize
+from faults.world import LAYER, Outcome, World
+from tiny import TINY, generate
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
+
+QWEN = TINY["qwen_image"]
+CPUS = {"devices": ["cpu", "cpu"]}
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_every_kind_of_fault(name: str, tmp_path: Path) -> None:
+    """Those of a pipeline share its followers, as they do in a service."""
+    mine = [kind for i, kind in enumerate(KINDS) for k in range(2) if (i + k) % len(LAYER) == list(LAYER).index(name)]
+    world = World(name, "cpu", tmp_path)
+    try:
+        for seed, kind in enumerate(mine):
+            outcome = run_case(world, kind, random.Random(seed))
+            assert not outcome.wrong, (kind, seed)
+    finally:
+        world.close()
+
+
+def test_a_case_that_went_wrong_is_seen() -> None:
+    good = Outcome(returned=True, equal=True, seconds=3.0, one_device=1.0, told=["lost"], generations=1)
+    assert not good.wrong and good.late == 2.0
+    late = Outcome(returned=True, equal=True, seconds=7.0, one_device=1.0, generations=1)
+    loud = Outcome(returned=True, equal=True, told=["lost", "lost again"], generations=1)
+    for bad in (
+        Outcome(error="no"),
+        Outcome(returned=True),
+        late,
+        loud,
+        Outcome(True, True, left_behind=["a process"]),
+    ):
+        assert len(bad.wrong) == 1
+    rows = summarize([("killed", good), ("killed", late), ("stopped", Outcome())], "cpu", "forked")
+    assert [(row["kind"], row["cases"], row["returned"], row["equal"]) for row in rows] == [
+        ("killed", 2, True, True),
+        ("stopped", 1, False, False),
+    ]
+    assert (rows[0]["worst_seconds"], rows[0]["worst_late"], rows[0]["left_behind"]) == (7.0, 6.0, 0)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Any]:
+    pipe = QWEN.build()
+    yield pipe
+    cfg_parallel.disable_cfg_parallel(pipe)
+
+
+def process_of(handle: Any) -> Any:
+    return handle._leader.remotes[0].process
+
+
+def kill(handle: Any) -> None:
+    process = process_of(handle)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(5)
+
+
+# on_follower_loss="raise"
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "killed before"])
+def test_a_loss_that_is_to_raise(pipe: Any, how: str) -> None:
+    handle = cfg_parallel.enable_cfg_parallel(pipe, **CPUS, on_follower_loss="raise", follower_timeout=2)
+    expected = generate(QWEN.build(), QWEN.inputs())
+    if how == "killed before":  # nothing of the generation is lost: it waits for a new follower
+        kill(handle)
+        with pytest.warns(UserWarning, match="A new one is started"):
+            assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+    else:
+
+        def on_step(pipe: Any, step: int, timestep: Any, values: Any) -> dict[str, Any]:
+            os.kill(process_of(handle).pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+            return {}
+
+        start = time.monotonic()
+        with pytest.raises(cfg_parallel.FollowerLostError, match=r"The follower on cpu was lost"):
+            generate(pipe, QWEN.inputs(callback_on_step_end=on_step))
+        assert time.monotonic() - start < 5
+    assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+    assert handle.report.parallel_steps == 3
+
+
+def test_on_follower_loss_is_checked(pipe: Any) -> None:
+    with pytest.raises(cfg_parallel.ConfigurationError, match="'recompute' or 'raise', but got 'ignore'"):
+        cfg_parallel.enable_cfg_parallel(pipe, **CPUS, on_follower_loss="ignore")  # type: ignore[arg-type]
+
+
+# New followers
+
+
+def test_followers_that_do_not_start_are_tried_less_and_less(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    expected = generate(QWEN.build(), QWEN.inputs())
+    tried: list[float] = []
+    now = [1000.0]
+
+    def start(*args: Any) -> RemoteFollower:
+        tried.append(now[0])
+        raise cfg_parallel.FollowerLostError("The follower on cpu did not start: no memory.")
+
+    monkeypatch.setattr(successors.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(RemoteFollower, "start", start)
+    kill(handle)
+    told: list[str] = []
+    for _ in range(60):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert torch.equal(generate(pipe, QWEN.inputs(num_inference_steps=2)), expected) or len(tried) > 0
+        told += [str(warning.message) for warning in caught]
+        now[0] += 1.0
+    waits = [after - before for before, after in itertools.pairwise(tried)]
+    assert waits == [2.0, 4.0, 8.0, 16.0], "twice as long each time"
+    assert len(tried) == successors.MOST_TRIES
+    assert sum("did not start: no memory" in text for text in told) == successors.MOST_TRIES
+    assert "goes on alone. The next one is started in 2 s at the earliest." in told[1]
+    assert "After 5 tries no further one is started: call disable_cfg_parallel and enable it again." in told[-1]
+
+
+def test_a_follower_that_comes_up_later_takes_part(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it longer than a generation takes."""
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    generate(pipe, QWEN.inputs())
+    up = [False]
+    monkeypatch.setattr(RemoteFollower, "is_up", lambda self, patience: up[0])
+    kill(handle)
+    with pytest.warns(UserWarning, match="A new one is started"):
+        generate(pipe, QWEN.inputs())
+    assert handle.report.calls_shipped == 0
+    assert "did not come up" not in handle.report.why
+    assert not handle.wait_until_ready(0.1)
+    up[0] = True
+    assert handle.wait_until_ready()
+    assert torch.equal(generate(pipe, QWEN.inputs()), generate(QWEN.build(), QWEN.inputs()))
+    assert handle.report.parallel_steps == 3
+
+
+def test_disabling_ends_followers_that_are_coming_up(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    monkeypatch.setattr(RemoteFollower, "is_up", lambda self, patience: False)
+    kill(handle)
+    with pytest.warns(UserWarning, match="A new one is started"):
+        generate(pipe, QWEN.inputs())
+    (fresh,) = handle._successors._starting.values()
+    assert fresh.process.poll() is None
+    handle.disable()
+    assert fresh.process.poll() is not None
+
+
+# Beginning again
+
+
+def test_the_same_random_numbers_again(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise from the user's generator, PyTorch's own, NumPy's and Python's; the callback sees the steps again."""
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    seen: list[tuple[int, float]] = []
+    drawn: list[tuple[float, ...]] = []
+    inputs = QWEN.inputs(3)
+
+    def on_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        import numpy as np
+
+        noise = torch.randn_like(values["latents"]) * 0.1
+        drawn.append((float(noise.sum()), np.random.rand(), random.random(), float(torch.rand(1, generator=source))))
+        seen.append((step, drawn[-1][0]))
+        if lose and step == 1 and len(seen) == 2:
+            raise cfg_parallel.FollowerLostError("A prediction may be incomplete.")
+        return {"latents": values["latents"] + noise}
+
+    source = inputs["generator"]
+    results = []
+    for lose in (False, True):
+        source.manual_seed(5)
+        torch.manual_seed(6)
+        seen.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.append(pipe(**inputs | {"callback_on_step_end": on_step}, return_dict=False)[0])
+        assert [str(w.message) for w in caught if "begins again" in str(w.message)] == (
+            ["A prediction may be incomplete. The generation begins again on cpu."] if lose else []
+        )
+    assert torch.equal(*results)
+    assert [step for step, _ in seen] == [0, 1, 0, 1, 2]
+    assert drawn[-3:-1] == drawn[-5:-3], "the same numbers"
+    assert "begins again" in str(handle.report)
+
+
+def test_random_state() -> None:
+    import numpy as np
+
+    generators = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)]
+    state = RandomState(torch.device("cpu"), ((1, generators[0]), {"generator": [generators[1]]}))
+
+    def draw() -> list[float]:
+        return [
+            random.random(),
+            float(np.random.rand()),
+            float(torch.rand(1)),
+            *(float(torch.rand(1, generator=each)) for each in generators),
+        ]
+
+    first = draw()
+    assert draw() != first
+    state.restore()
+    assert draw() == first
+
+
+# Processes and threads
+
+
+def test_a_forked_child_is_told(pipe: Any) -> None:
+    cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    expected = generate(pipe, QWEN.inputs())
+    answers = multiprocessing.get_context("fork").SimpleQueue()
+
+    def child() -> None:
+        try:
+            pipe(**QWEN.inputs())
+        except cfg_parallel.ConfigurationError as error:
+            answers.put(str(error))
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and not answers.empty()
+    assert "was enabled in process" in (told := answers.get()) and "\n" not in told
+    assert torch.equal(generate(pipe, QWEN.inputs()), expected), "the parent's follower is as it was"
+
+
+def test_threads_while_followers_are_killed(pipe: Any) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    plain = QWEN.build()
+    expected = [plain(**QWEN.inputs(seed), return_dict=False)[0] for seed in range(12)]
+    results: dict[int, torch.Tensor] = {}
+
+    def work(first: int) -> None:
+        for seed in range(first, 12, 3):
+            results[seed] = pipe(**QWEN.inputs(seed), return_dict=False)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):
+            time.sleep(0.15)
+            process = process_of(handle)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(60)
+    assert len(results) == 12 and all(torch.equal(results[seed], expected[seed]) for seed in range(12))
+
+
+def test_nothing_is_left_of_many_pipelines() -> None:
+    me = psutil.Process()
+    before = len(me.children(recursive=True)), me.num_fds()
+    for _ in range(4):
+        pipe = QWEN.build()
+        handle = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+        generate(pipe, QWEN.inputs())
+        handle.disable()
+        del pipe, handle
+    assert len(me.children(recursive=True)) == before[0]
+    assert me.num_fds() <= before[1] + 2
