@@ -42,8 +42,9 @@ def check(mode: CompileMode, options: Mapping[str, Any] | None) -> None:
     if options and "mode" in options and "options" in options:
         raise ConfigurationError("torch.compile takes mode or options, not both; leave one out of compile_options.")
     try:
-        torch.nn.Identity().compile(**(options or {}))  # compiles nothing before it is called
-    except Exception as error:  # by a backend of the user's, too
+        if options:
+            torch.nn.Identity().compile(**options)  # compiles nothing before it is called
+    except Exception as error:  # of several types
         raise ConfigurationError(
             f"torch.compile does not take these compile_options ({type(error).__name__}: "
             f"{textwrap.shorten(str(error), 300)}); see its documentation."
