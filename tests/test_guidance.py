@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.guiders import adaptive_projected_guidance as diffusers_apg
@@ -490,6 +491,7 @@ def test_guidance_interval() -> None:
     assert torch.equal(guidance_interval(sigmas, 0.2, 0.8), torch.tensor(inside))
     case = make_case("cfg", torch.float32, (5, 4), 0)
     result = case.combine(active=guidance_interval(sigmas, 0.2, 0.8))
+    assert guidance_interval(np.float64(0.1), 0.2, 0.8) is False, "also for NumPy's numbers"
     assert torch.equal(result[[0, 1, 4]], case.c[0][[0, 1, 4]]) and torch.equal(result[2:4], eager(case)[2:4])
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -67,10 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         help="run the whole thing on a tiny model that is made here, without a download",
         description="Builds a tiny Qwen-Image-Edit with random weights and edits a photograph on one device and two.",
     )
-    demo.add_argument("--output", default="cfg-parallel-demo.png", metavar="FILE", help="default: %(default)s")
-    demo.add_argument("--model-dir", metavar="DIR", help="where the model is, or is built (default: a cache folder)")
+    demo.add_argument(
+        "--output", type=_path, default="cfg-parallel-demo.png", metavar="FILE", help="default: %(default)s"
+    )
+    demo.add_argument(
+        "--model-dir", type=_path, metavar="DIR", help="where the model is, or is built (default: a cache folder)"
+    )
     demo.add_argument("--model-only", action="store_true", help="build the model, print its folder and stop")
-    demo.add_argument("--num-inference-steps", type=_positive_int, default=4, metavar="N", help="default: %(default)s")
+    demo.add_argument("--num-inference-steps", type=_steps, default=4, metavar="N", help="default: %(default)s")
     demo.set_defaults(command=_demo)
     models = commands.add_parser(
         "models",
@@ -86,10 +92,13 @@ def _parser() -> argparse.ArgumentParser:
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `cfg-parallel edit`."""
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="a folder with a model_index.json, or a Hugging Face id")
+    add(
+        "--model", required=True, type=_path, metavar="M", help="a folder with a model_index.json, or a Hugging Face id"
+    )
     add(
         "--image",
         action="append",
+        type=_path,
         default=[],
         metavar="FILE",
         help="the picture to edit; repeat it for models that take several",
@@ -97,12 +106,14 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", required=True, metavar="P", help="what to do")
     add("--negative-prompt", metavar="N", help="what to avoid; models with a true CFG scale need one for guidance")
     add("--cfg-scale", type=_finite_float, default=4.0, metavar="S", help="guidance scale (default: %(default)s)")
-    add("--output", required=True, metavar="FILE", help="where the picture goes; the suffix says the format")
+    add(
+        "--output", required=True, type=_path, metavar="FILE", help="where the picture goes; the suffix says the format"
+    )
     add("--cfg-parallel-size", type=_positive_int, default=2, metavar="N", help="devices to use (default: %(default)s)")
-    add("--num-inference-steps", type=_positive_int, default=50, metavar="N", help="default: %(default)s")
+    add("--num-inference-steps", type=_steps, default=50, metavar="N", help="default: %(default)s")
     add("--seed", type=_seed, default=0, help="default: %(default)s")
-    add("--height", type=_positive_int, metavar="PIXELS", help="default: the model's")
-    add("--width", type=_positive_int, metavar="PIXELS", help="default: the model's")
+    add("--height", type=_pixels, metavar="PIXELS", help="default: the model's")
+    add("--width", type=_pixels, metavar="PIXELS", help="default: the model's")
     add(
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
@@ -121,14 +132,37 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", action="store_true", help="run one device first and compare time and picture")
 
 
-def _positive_int(text: str) -> int:
+def _path(text: str) -> str:
+    """A path that a file system can hold, whether or not something is there; a Hugging Face id is one too."""
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, a null character
+        why = getattr(error, "strerror", error)
+        raise argparse.ArgumentTypeError(f"expected a path, but got {textwrap.shorten(text, 60)!r} ({why})") from None
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, but got ''")
+    return text
+
+
+def _positive_int(text: str, low: int = 1, high: int | None = None) -> int:
     try:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
+    if value < low or (high is not None and value > high):
+        most = "" if high is None else f" and at most {high}"
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}{most}, but got {text!r}")
     return value
+
+
+def _steps(text: str) -> int:
+    return _positive_int(text, high=1000)  # the steps of which schedulers choose
+
+
+def _pixels(text: str) -> int:
+    return _positive_int(text, low=16, high=16384)  # a VAE and the patches of a transformer take 16 for one token
 
 
 def _seed(text: str) -> int:
@@ -167,8 +201,17 @@ def _demo(args: argparse.Namespace) -> int:
     if args.num_inference_steps < 2:
         raise ConfigurationError("Qwen-Image's schedule divides by zero with one step: use --num-inference-steps 2.")
     folder = Path(args.model_dir) if args.model_dir is not None else demo.cache_folder()
+
+    def model() -> Path:
+        try:
+            return demo.ensure_demo_model(folder)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the demo model cannot be written to {folder} ({error}): name another folder with --model-dir."
+            ) from error
+
     if args.model_only:
-        print(demo.ensure_demo_model(folder))
+        print(model())
         return 0
     check_output(args.output)
     photo = demo.demo_photo()
@@ -177,7 +220,7 @@ def _demo(args: argparse.Namespace) -> int:
         "the real pipeline runs on two devices and gives the same picture as on one, element for element.",
         flush=True,
     )
-    print(f"model: {demo.ensure_demo_model(folder)}")
+    print(f"model: {model()}")
     print(f"photograph: {photo}")
 
     import torch

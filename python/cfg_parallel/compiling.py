@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import textwrap
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +31,24 @@ class Compiled:
 
 def check(mode: CompileMode, options: Mapping[str, Any] | None) -> None:
     """Refuse what cannot work before anything is started."""
-    if mode not in (True, False, "regional", "full"):
+    if not isinstance(mode, (bool, str)) or mode not in (True, False, "regional", "full"):
         raise ConfigurationError(f"Expected compile to be True, False, 'regional' or 'full', but got {mode!r}.")
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigurationError(
+            f"Expected compile_options to be a dictionary of torch.compile's arguments, but got {options!r}."
+        )
     if options and mode is False:
         raise ConfigurationError("compile_options are given, but nothing is compiled; pass compile=True as well.")
     if options and "mode" in options and "options" in options:
         raise ConfigurationError("torch.compile takes mode or options, not both; leave one out of compile_options.")
+    try:
+        if options:
+            torch.nn.Identity().compile(**options)  # compiles nothing before it is called
+    except Exception as error:  # of several types
+        raise ConfigurationError(
+            f"torch.compile does not take these compile_options ({type(error).__name__}: "
+            f"{textwrap.shorten(str(error), 300)}); see its documentation."
+        ) from error
     if options and _has_graphs(dict(options)):
         raise ConfigurationError(
             "With these compile_options Inductor captures CUDA graphs of its own, and cfg-parallel could make none; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,47 @@ if TYPE_CHECKING:
     from cfg_parallel.spmd import Role
 
 
-def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The components whose forward takes a timestep, ControlNets and VAEs left out."""
+_MOST_CPU_PROCESSES = 8  # or as many as there are cores: each holds a copy of the denoiser
+
+
+def check_pipeline(pipe: Any) -> dict[str, Any]:
+    """Refuse what is no pipeline; returns its components."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise ConfigurationError(f"Expected a diffusers pipeline, but got {type(pipe).__name__}.")
+        got = f"the class {pipe.__name__}" if isinstance(pipe, type) else type(pipe).__name__
+        raise ConfigurationError(
+            f"Expected a diffusers pipeline, but got {got}; pass the object that from_pretrained(...) of a pipeline "
+            "class returns."
+        )
+    return components
+
+
+def check_numbers(size: Any, devices: Any, follower_timeout: Any) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ConfigurationError(f"Expected cfg_parallel_size to be an integer of at least 1, but got {size!r}.")
+    if devices is not None and (not isinstance(devices, (list, tuple)) or not devices):
+        raise ConfigurationError(
+            f"Expected devices to be a list such as ['cuda:0', 'cuda:1'] or ['cpu', 'cpu'], but got {devices!r}."
+        )
+    is_number = isinstance(follower_timeout, (int, float)) and not isinstance(follower_timeout, bool)
+    if not is_number or not follower_timeout > 0:
+        raise ConfigurationError(
+            f"Expected follower_timeout to be a number of seconds above 0, but got {follower_timeout!r}."
+        )
+
+
+def check_cpu_processes(size: int) -> None:
+    most = max(_MOST_CPU_PROCESSES, os.cpu_count() or 1)
+    if size > most:
+        raise ConfigurationError(
+            f"Expected a cfg_parallel_size of at most {most} on the CPU of this machine, but got {size}; use 2, or 3 "
+            "for three guidance passes."
+        )
+
+
+def find_denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The components whose forward takes a timestep, ControlNets and VAEs left out."""
+    components = check_pipeline(pipe)
     denoisers: dict[str, torch.nn.Module] = {}
     for name, module in components.items():
         if not isinstance(module, torch.nn.Module) or any(word in name for word in ("controlnet", "vae", "vocoder")):
@@ -70,8 +107,8 @@ def device_of(pipe: Any, modules: dict[str, torch.nn.Module]) -> torch.device:
 def choose_devices(
     leader: torch.device, size: int, devices: Sequence[str | torch.device] | None, role: Role | None
 ) -> list[torch.device]:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ConfigurationError(f"Expected cfg_parallel_size to be an integer of at least 1, but got {size!r}.")
+    if leader.type == "cpu" and role is None:
+        check_cpu_processes(size)
     available = torch.cuda.device_count()
     if devices is None:
         if leader.type == "cpu":
@@ -103,7 +140,9 @@ def choose_devices(
             f"pipe.to('{chosen[0]}') first, or put '{leader}' first."
         )
     if len({device.type for device in chosen}) != 1:
-        raise ConfigurationError(f"Expected GPUs only or CPUs only, but got {', '.join(map(str, chosen))}.")
+        raise ConfigurationError(
+            f"Expected GPUs only or CPUs only, but got {', '.join(map(str, chosen))}; use one kind."
+        )
     return chosen
 
 
@@ -127,5 +166,8 @@ def _parse_device(device: str | torch.device, available: int) -> torch.device:
         raise ConfigurationError(f"Unsupported device {device!r}; use 'cuda:0', 'cuda:1', ... or 'cpu'.")
     index = torch.cuda.current_device() if parsed.index is None and available else parsed.index or 0
     if index >= available:
-        raise ConfigurationError(f"There is no device cuda:{index}: {available} GPUs are visible.")
+        raise ConfigurationError(
+            f"There is no device cuda:{index}: {available} GPUs are visible; name another, or check "
+            "CUDA_VISIBLE_DEVICES."
+        )
     return torch.device("cuda", index)

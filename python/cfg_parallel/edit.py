@@ -120,7 +120,7 @@ def _load(model: str, dtype: str, device: str, *, quiet: bool) -> Any:
         raise CfgParallelError(
             f"{model} does not fit on {device} ({first_line(error)}): use a larger device."
         ) from error
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{model} cannot be loaded ({first_line(error)}): check or download it again."
         ) from error

@@ -23,7 +23,7 @@ from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
 from cfg_parallel.coefficients import Coefficients
 from cfg_parallel.compiling import CompileClock, CompileMode, compile_as, is_compiled, unwrap
-from cfg_parallel.discovery import choose_devices, device_of, find_denoisers
+from cfg_parallel.discovery import check_numbers, check_pipeline, choose_devices, device_of, find_denoisers
 from cfg_parallel.errors import CfgParallelError, ConfigurationError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import INCOMPLETE, Generation, Leader, OnLoss
@@ -106,11 +106,12 @@ def enable_cfg_parallel(
         raise ConfigurationError(f"Expected numerics to be 'exact' or 'fused', but got {numerics!r}.")
     preparation = Preparation(prepare, compile, compile_options)
     preparation.check()
+    check_numbers(cfg_parallel_size, devices, follower_timeout)
     if on_follower_loss not in ("recompute", "raise"):
         raise ConfigurationError(
             f"Expected on_follower_loss to be 'recompute' or 'raise', but got {on_follower_loss!r}."
         )
-    if cuda_graphs not in ("auto", True, False):
+    if not isinstance(cuda_graphs, (bool, str)) or cuda_graphs not in ("auto", True, False):
         raise ConfigurationError(f"Expected cuda_graphs to be 'auto', True or False, but got {cuda_graphs!r}.")
     modules = find_denoisers(pipe)
     leader_device = device_of(pipe, modules)
@@ -160,7 +161,9 @@ def enable_cfg_parallel(
 def disable_cfg_parallel(pipe: Any) -> None:
     """Give `pipe` back as it was, and end its followers. Does nothing when it is not enabled."""
     handle = getattr(type(pipe), "_cfg_parallel", None)
-    if handle is not None:
+    if handle is None:
+        check_pipeline(pipe)
+    else:
         handle.disable()
 
 
@@ -168,6 +171,7 @@ def last_report(pipe: Any) -> Report:
     """What happened in the last `pipe(...)`. Raises ConfigurationError when there was none."""
     handle = getattr(type(pipe), "_cfg_parallel", None)
     if handle is None:
+        check_pipeline(pipe)
         raise ConfigurationError("This pipeline is not enabled; call enable_cfg_parallel(pipe) first.")
     return handle.report
 

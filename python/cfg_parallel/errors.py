@@ -8,7 +8,10 @@ class CfgParallelError(RuntimeError):
 
 
 class ConfigurationError(CfgParallelError, ValueError):
-    """A request that cannot work as it was made; the message names the fix."""
+    """A request that cannot work as it was made; the message is one line and names the fix."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split("\n")))  # it may quote another error, or what was given
 
 
 class FollowerLostError(CfgParallelError):

@@ -52,7 +52,8 @@ def guidance_interval(sigma: float | torch.Tensor, low: float, high: float) -> b
     Any quantity that falls as the noise does will do, a timestep for instance. Where it is False, the unconditional
     prediction need not be computed. Kynkaanniemi et al. 2024 (arXiv:2404.07724).
     """
-    return (low < sigma) & (sigma <= high)
+    inside = (low < sigma) & (sigma <= high)
+    return inside if isinstance(inside, torch.Tensor) else bool(inside)  # a number of NumPy's gives a bool of its own
 
 
 def combine(
@@ -293,7 +294,7 @@ def _kind(value: Any) -> str:
 def _checked_call(
     cond: Any, uncond: Any, scale: Any, rule: str, step: Any, active: Any, numerics: str, out: Any, options: dict
 ) -> _Call:
-    if rule not in _RULES:
+    if not isinstance(rule, str) or rule not in _RULES:
         raise ValueError(f"Expected `rule` to be one of {', '.join(_RULES)}, but got {rule!r}.")
     if numerics not in _NUMERICS:
         raise ValueError(f"Expected `numerics` to be one of {', '.join(_NUMERICS)}, but got {numerics!r}.")
@@ -329,7 +330,7 @@ def _checked_call(
     if isinstance(active, torch.Tensor):
         _check_per_sample("active", active, torch.bool, [first.shape[:1], torch.Size()], first)
         active = active.expand(first.shape[:1])
-    elif active not in (None, True, False):
+    elif not (active is None or isinstance(active, bool)):
         raise TypeError(f"Expected `active` as a bool, a bool tensor or None, but got {_kind(active)}.")
 
     if active is False:  # nothing is left of the rule

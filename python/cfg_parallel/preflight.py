@@ -54,7 +54,7 @@ def read_model_index(model: str) -> dict[str, Any] | None:
         raise ConfigurationError(
             f"{model} holds no model: it has no model_index.json; give --model a folder in the diffusers format."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"{folder / 'model_index.json'} cannot be read ({error}): download it again."
         ) from error
@@ -97,7 +97,7 @@ def find_pipeline_class(model: str, index: dict[str, Any]) -> type:
         library, class_name = entry
         try:
             found = simple_get_class_obj(library, class_name)
-        except (AttributeError, ImportError, ValueError) as error:
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
             raise ConfigurationError(
                 f"the {component} of {model} needs the class {class_name} of {library}, which is not there: "
                 f"`pip install -U {library}`, or check model_index.json."
@@ -177,8 +177,11 @@ def choose_devices(size: int, devices: list[str] | None, transport: str) -> list
 def _gpus_or_cpus(size: int) -> list[str]:
     import torch
 
+    from cfg_parallel.discovery import check_cpu_processes
+
     gpus = torch.cuda.device_count()
     if gpus == 0:
+        check_cpu_processes(size)
         return ["cpu"] * size
     if gpus < size:
         raise ConfigurationError(

@@ -37,7 +37,13 @@ class Preparation:
         """Prepare `module` in place. A compilation of the module that had this name before is taken back."""
         self._undo.pop(name, lambda: None)()
         if self.prepare is not None:
-            self.prepare(compiling.unwrap(module))
+            try:
+                self.prepare(compiling.unwrap(module))
+            except Exception as error:
+                raise ConfigurationError(
+                    f"prepare raised {type(error).__name__}: {error}. It is called with the denoiser {name!r} first; "
+                    f"try prepare(pipe.{name}) without cfg-parallel."
+                ) from error
         if self.compile is not False:
             self._undo[name] = compiling.compile_denoiser(name, module, self.compile, self.compile_options)
 

@@ -352,7 +352,7 @@ class RemoteFollower:
                     self.link.send({"kind": "close"})
             if self.process is not None:
                 try:
-                    self.process.wait(_CLOSE_TIMEOUT if self.lost is None else 0)
+                    self.process.wait(_CLOSE_TIMEOUT if self._started and self.lost is None else 0)
                 except subprocess.TimeoutExpired:
                     self.process.kill()
                     self.process.wait()
