@@ -450,7 +450,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert cli.main(["models"]) == 0
     everything = capsys.readouterr().out.splitlines()
-    assert len(everything) > 200 and everything[0].split() == ["pipeline", "pattern", "result", "rule", "note"]
+    assert len(everything) > 200 and everything[0].split() == ["pipeline", "pattern", "result", "rule", "graph", "note"]
     assert cli.main(["models", "stablediffusionimg", "LDMText", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["pipeline"] for row in rows] == ["LDMTextToImagePipeline", "StableDiffusionImg2ImgPipeline"]

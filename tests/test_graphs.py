@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from torch.nn.attention.flex_attention import flex_attention
 
 from cfg_parallel import graphs as graphs_module
 from cfg_parallel.codec import encode_plain
@@ -163,6 +164,21 @@ def test_a_changed_denoiser_or_setting_drops_graphs(graphs: Graphs, model: Model
     warm(graphs, model, x)
     graphs.begin({"tf32": True})
     assert len(graphs._graphs) == 1 and graphs.captured == 0
+
+
+def test_a_part_of_a_forward_that_compiles_itself(graphs: Graphs) -> None:
+    """Dynamo must not meet it in a way that makes it give up that code, for that breaks the eager forward too."""
+
+    class Flex(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return flex_attention(x, x, x)  # type: ignore[return-value]
+
+    module = Flex()
+    for length in (16, 32):
+        for _ in range(4):
+            x = torch.randn(1, 1, length, 8)
+            assert torch.equal(run(graphs, module, x), module(x))
+    assert graphs.counts() == {"replayed": 2, "captured": 2, "eager": {FIRST: 6}}
 
 
 # What cannot be captured

@@ -141,8 +141,8 @@ def is_special(tensor: torch.Tensor) -> bool:
 def take_apart(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What a special tensor is made of: plain tensors, and what is needed to put them together again.
 
-    Either it wraps tensors by PyTorch's protocol for that (torchao, quanto), or it is a tensor with attributes (GGUF,
-    bitsandbytes)."""
+    Either it wraps tensors by PyTorch's protocol for that (torchao, quanto; the mesh of a DTensor is a part too), or it
+    is a tensor with attributes (GGUF, bitsandbytes)."""
     kind, is_parameter = type(tensor), isinstance(tensor, torch.nn.Parameter)
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
@@ -168,7 +168,7 @@ def _has_elements(tensor: torch.Tensor) -> bool:
 
 def _rebuild_special(
     kind: Any,
-    parts: dict[str, torch.Tensor],
+    parts: dict[str, Any],
     context: Any,
     size: Any,
     stride: Any,

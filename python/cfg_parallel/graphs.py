@@ -270,6 +270,13 @@ class Graphs:
 class _Reads(TorchDispatchMode):
     """What the ops inside read that none of them has made."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """flex_attention compiles itself; code that Dynamo meets under another kind of mode it never compiles again."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()
         self.tensors: list[torch.Tensor] = []

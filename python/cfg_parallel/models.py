@@ -9,7 +9,7 @@ from typing import Any
 
 from cfg_parallel.errors import ConfigurationError
 
-_HEADER = ("pipeline", "pattern", "result", "rule", "note")
+_HEADER = ("pipeline", "pattern", "result", "rule", "graph", "note")
 
 
 def pipelines(words: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -40,7 +40,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["pattern"],
         _result(row),
         row["rule"] or "",
-        row["note"],
+        _graph(row),
+        _note(row),
     )
 
 
@@ -50,3 +51,12 @@ def _result(row: dict[str, Any]) -> str:
     if not row["equal"]:
         return "not equal"
     return "in parallel, equal" if row["supported"] else "on one device, equal"
+
+
+def _graph(row: dict[str, Any]) -> str:
+    return {True: "yes", None: "not run"}.get(row["graph"], "no")
+
+
+def _note(row: dict[str, Any]) -> str:
+    reason = row["graph"]
+    return "; ".join(filter(None, [row["note"], f"no graph: {reason}" if isinstance(reason, str) else ""]))

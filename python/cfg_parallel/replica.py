@@ -13,7 +13,7 @@ import torch
 
 from cfg_parallel import caches
 from cfg_parallel.caches import hooks_of
-from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart, version
+from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart, tensors_in, version
 from cfg_parallel.compiling import find_compiled, unwrap
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
@@ -302,7 +302,7 @@ def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     """`.to(dtype)` keeps a parameter's identity and version, but not its memory."""
     if is_special(tensor):
         kind, parts, context, *_ = take_apart(tensor)
-        return id(kind), *(item for part in parts.values() for item in _tensor(part)[1:]), _setting(context)
+        return id(kind), *(item for part in tensors_in(parts) for item in _tensor(part)[1:]), _setting(context)
     return id(tensor), version(tensor), tensor.data_ptr(), tensor.dtype
 
 
@@ -311,7 +311,7 @@ def _moving_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     identity = id(tensor) if isinstance(tensor, torch.nn.Parameter) else None
     if is_special(tensor):
         kind, parts, context, *_ = take_apart(tensor)
-        return identity, version(tensor), id(kind), *(part.dtype for part in parts.values()), _setting(context)
+        return identity, version(tensor), id(kind), *(part.dtype for part in tensors_in(parts)), _setting(context)
     return identity, version(tensor), tensor.shape, tensor.dtype
 
 

@@ -36,7 +36,7 @@ class Case:
     def cls(self) -> Any:
         return getattr(diffusers, self.pipeline)
 
-    def build(self) -> Any:
+    def build(self, device: str = "cpu") -> Any:
         """The pipeline in eval mode. Two builds have equal weights. Seeds PyTorch's global generator."""
         torch.manual_seed(0)
         parts = {}
@@ -50,6 +50,7 @@ class Case:
             if isinstance(component, torch.nn.Module):
                 component.eval()
                 randomize(component, seed)
+        pipe.to(device)
         self.prepare(pipe)
         pipe.set_progress_bar_config(disable=True)
         return pipe

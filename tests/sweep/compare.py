@@ -21,6 +21,7 @@ import torch
 import cfg_parallel
 from cfg_parallel import leader
 from cfg_parallel.calls import Call, Denoiser, Split
+from cfg_parallel.codec import map_tensors
 from cfg_parallel.program import interpret
 from reference import concatenate
 from sweep import families
@@ -39,7 +40,8 @@ class Row:
 
     `equal`: bit for bit what one device gives with the branches of a batch one after the other, which for a pipeline
     that calls its denoiser once a branch is what it gives anyway. `max_diff`: from the pipeline as it is on one device,
-    as a part of the largest value. `supported`: the branches were shared in every step with guidance that could be."""
+    as a part of the largest value. `supported`: the branches were shared in every step with guidance that could be.
+    `graph`: on one GPU every forward of the denoiser becomes a CUDA graph, or why not; the result has the same bits."""
 
     pipeline: str
     pattern: str
@@ -95,7 +97,18 @@ def run(pipe: Any, arguments: dict[str, Any]) -> list[np.ndarray]:
     """Seeds PyTorch's global generator, from which some schedulers draw."""
     torch.manual_seed(0)
     np.random.seed(0)
-    return arrays(pipe(**arguments))
+    return arrays(pipe(**moved(arguments, pipe.device)))
+
+
+def moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments of a call with their tensors on `device`, and new generators there."""
+
+    def generator(old: torch.Generator) -> torch.Generator:
+        return torch.Generator(device).manual_seed(old.initial_seed())
+
+    tensors_there = map_tensors(arguments, lambda tensor: tensor.to(device))
+    there: dict[str, Any] = map_tensors(tensors_there, generator, torch.Generator)
+    return there
 
 
 def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
@@ -184,10 +197,15 @@ def write(path: Path, rows: Sequence[dict[str, Any]], everything: dict[str, Row]
     known = {name: row.to_dict() for name, row in everything.items()}
     if path.exists():
         known |= {row["pipeline"]: row for row in json.loads(path.read_text()) if row["pipeline"] in known}
-    known |= {row["pipeline"]: known[row["pipeline"]] | row for row in rows}
+    known |= {row["pipeline"]: merged(known[row["pipeline"]], row) for row in rows}
     table = [known[name] for name in sorted(known)]
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]\n")
     path.with_suffix(".md").write_text(markdown(table))
+
+
+def merged(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A row with what was found out since: all fields but `graph` on two processes, that one alone on a GPU."""
+    return known | {key: value for key, value in found.items() if key != "graph" or value is not None}
 
 
 def markdown(table: Sequence[dict[str, Any]]) -> str:
@@ -206,9 +224,10 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         "*Pattern*: A one batched call a step, B a call for each branch, C three or more branches, E guiders. *Equal*:",
         "bit for bit, with the branches of a batch one after the other ([exactness](exactness.md)). *Off by*: from the",
         "batch as it is on one device, in parts of the largest value. *Shipped*: calls to the other device in a step.",
+        *about_graphs(current),
         "",
-        "| pipeline | pattern | shared | equal | off by | shipped | rule | note |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pipeline | pattern | shared | equal | off by | shipped | rule | graph | note |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     words = {True: "yes", False: "no", None: "not run"}
     for row in sorted(table, key=lambda row: (row["deprecated"], row["pipeline"])):
@@ -216,5 +235,20 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         shipped = "" if row["calls_shipped_per_step"] is None else f"{row['calls_shipped_per_step']:g}"
         name = row["pipeline"] + (" (deprecated)" if row["deprecated"] else "")
         cells = [name, row["pattern"], words[row["supported"]], words[row["equal"]], off, shipped]
-        lines.append(f"| {' | '.join(cells)} | {row['rule'] or ''} | {row['note'].replace('|', '/')} |")
+        graph = {True: "yes", None: ""}.get(row["graph"], row["graph"])
+        texts = [(text or "").replace("|", "/") for text in (row["rule"], graph, row["note"])]
+        lines.append(f"| {' | '.join(cells + texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def about_graphs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the column says, and how it was made."""
+    known = [row["graph"] for row in rows if row["graph"] is not None]
+    if not known:
+        return ["*Graph*: no pipeline was run on a GPU for it yet (`python tests/sweep --graphs`)."]
+    return [
+        "*Graph*: each forward of the denoiser becomes a CUDA graph, or why not; empty where that was not tried.",
+        f"{len(known)} of them were tried in a tiny size on one GPU with `cuda_graphs=True`: {known.count(True)} gave",
+        "the bits of plain diffusers with nothing but replays in the last of four generations. Made by",
+        "`python tests/sweep --graphs --write docs/supported_pipelines.json`.",
+    ]
