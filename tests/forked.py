@@ -29,17 +29,22 @@ class Process:
 
     def __init__(self, process: Any) -> None:
         self._process = process
+        self._code: int | None = None
         self.pid = process.pid
 
     def poll(self) -> int | None:
-        code: int | None = self._process.exitcode
-        return code
+        if self._code is None and self._process.exitcode is not None:
+            self._code = self._process.exitcode
+            self._process.close()  # two files, which would stay open for as long as this object is there
+        return self._code
 
     def kill(self) -> None:
-        self._process.kill()
+        if self.poll() is None:
+            self._process.kill()
 
     def wait(self, timeout: float | None = None) -> None:
-        self._process.join(timeout)
+        if self.poll() is None:
+            self._process.join(timeout)
         if self.poll() is None:
             raise subprocess.TimeoutExpired("follower", timeout or 0)
 

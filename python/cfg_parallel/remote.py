@@ -358,6 +358,8 @@ class RemoteFollower:
                     self.process.wait()
                 self._stderr.close()
             self.link.close()
+            for kept in (self._unread, self._unpulled, self._residents):  # prompts, latents
+                kept.clear()
 
     def _send(self, header: dict[str, Any]) -> None:
         with self._watch():
