@@ -97,7 +97,7 @@ def test_auto_takes_peer_access() -> None:
 
 
 @pytest.mark.parametrize("transport", ["peer", "nccl", "host"])
-def test_follower_killed_during_a_generation_is_no_hang(transport: str) -> None:
+def test_follower_killed_during_a_generation_costs_no_image(transport: str) -> None:
     tiny = TINY["qwen_image"]
     plain, enabled = tiny.build().to("cuda"), tiny.build().to("cuda")
     expected = generate(plain, tiny.inputs())
@@ -114,13 +114,10 @@ def test_follower_killed_during_a_generation_is_no_hang(transport: str) -> None:
 
         start = time.monotonic()
         with pytest.warns(UserWarning, match="was lost"):
-            try:
-                got = generate(enabled, tiny.inputs(callback_on_step_end=on_step))
-            except cfg_parallel.FollowerLostError:
-                assert transport in ("nccl", "peer")
-            else:
-                assert torch.equal(got, expected)
+            got = generate(enabled, tiny.inputs(callback_on_step_end=on_step))
+        assert torch.equal(got, expected)
         assert time.monotonic() - start < 30
+        assert handle.wait_until_ready()
         assert torch.equal(generate(enabled, tiny.inputs()), expected)  # with a new follower
         assert handle.report.calls_shipped > 0
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,12 +17,13 @@ import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.models import attention_dispatch
+from diffusers.utils.torch_utils import lru_cache_unless_export
 
 import cfg_parallel
 from cfg_parallel import numerics, replica
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.link import Link
-from cfg_parallel.replica import Hooks, fingerprint, receive_replica, send_replica
+from cfg_parallel.replica import Hooks, clear_method_caches, fingerprint, receive_replica, send_replica
 from reference import reference
 from test_codec import Denoiser
 from tiny import TINY, generate
@@ -450,3 +454,33 @@ def test_hooks_notices_what_a_guider_or_pag_does() -> None:
     assert not hooks.changed()  # the class's own forward is left on the object
     module[1].table = torch.ones(2)  # as a model does that makes something once
     assert not hooks.changed()
+
+
+class Table(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+    @functools.cache  # noqa: B019
+    def table(self) -> torch.Tensor:
+        return self.weight.detach() * 2
+
+    @lru_cache_unless_export(maxsize=None)
+    def other(self) -> torch.Tensor:
+        return self.weight.detach() * 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.table() + self.other()
+
+
+def test_a_replica_that_was_replaced_is_freed() -> None:
+    """Though its classes have caches around methods, as diffusers' rotary embeddings do."""
+    module = torch.nn.Sequential(Table())
+    expected = module(torch.ones(4))
+    gone = weakref.ref(module[0])
+    clear_method_caches(module)
+    assert torch.equal(module(torch.ones(4)), expected)
+    clear_method_caches(module)
+    del module
+    gc.collect()
+    assert gone() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import itertools
 import os
@@ -23,7 +24,7 @@ from cfg_parallel.compiling import CompileClock, is_compiled
 from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.graphs import Graphs
 from cfg_parallel.link import Link
-from cfg_parallel.replica import receive_replica
+from cfg_parallel.replica import clear_method_caches, receive_replica
 from cfg_parallel.timing import Mark, elapsed_ms, mark
 from cfg_parallel.transports.nccl import NcclTransport
 from cfg_parallel.transports.peer import PeerTransport, accept
@@ -96,9 +97,12 @@ class Follower:
         name = header["name"]
         replaced = self._denoisers.pop(name, None)
         states = {} if replaced is None else caches.states_of(replaced)
-        del replaced  # its memory is needed
         self._graphs.forget(name)
         self._residents = {slot: kept for slot, kept in self._residents.items() if slot[0] != name}
+        if replaced is not None:  # its memory is needed
+            clear_method_caches(replaced)
+            del replaced
+            gc.collect()  # modules with hooks or LoRAs are in cycles
         module = receive_replica(self._link, header, self._own.get(name), timeout=None)
         caches.restore(module, states)
         self._denoisers[name] = module

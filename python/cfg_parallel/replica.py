@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,18 @@ def receive_replica(
     _wait_for(link.device)
     link.send({"kind": "ready"})
     return module
+
+
+def clear_method_caches(module: torch.nn.Module) -> None:
+    """A `functools.lru_cache` around a method keeps its objects for ever: diffusers has some around rotary tables, and
+    some of them in the closure of another decorator."""
+    for cls in {type(sub) for sub in module.modules()}:
+        for name in dir(cls):
+            method = inspect.getattr_static(cls, name, None)
+            enclosed = inspect.getclosurevars(method).nonlocals.values() if inspect.isfunction(method) else ()
+            for found in (method, *enclosed):
+                if isinstance(found, functools._lru_cache_wrapper):
+                    found.cache_clear()
 
 
 def _wait_for(device: torch.device) -> None:
