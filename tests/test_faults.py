@@ -163,6 +163,30 @@ def test_a_follower_that_comes_up_later_takes_part(pipe: Any, monkeypatch: pytes
     assert handle.report.parallel_steps == 3
 
 
+@pytest.mark.parametrize("when", ["before", "in a callback"])
+def test_weights_that_change_while_no_follower_is_there(pipe: Any, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    plain = QWEN.build()
+    monkeypatch.setattr(RemoteFollower, "is_up", lambda self, patience: False)
+
+    def change(pipe: Any, step: int = 0, timestep: Any = None, values: Any = None) -> dict[str, Any]:
+        with torch.no_grad():
+            pipe.transformer.proj_out.weight.mul_(1.25)
+        return {}
+
+    kill(handle)
+    changes: dict[str, Any] = {"callback_on_step_end": change} if when == "in a callback" else {}
+    if when == "before":
+        for each in (pipe, plain):
+            change(each)
+    with pytest.warns(UserWarning, match="A new one is started"):
+        assert torch.equal(generate(pipe, QWEN.inputs(**changes)), generate(plain, QWEN.inputs(**changes)))
+    monkeypatch.undo()
+    assert handle.wait_until_ready()
+    assert torch.equal(generate(pipe, QWEN.inputs()), generate(plain, QWEN.inputs()))
+    assert handle.report.parallel_steps == 3
+
+
 def test_disabling_ends_followers_that_are_coming_up(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
     monkeypatch.setattr(RemoteFollower, "is_up", lambda self, patience: False)

@@ -270,7 +270,8 @@ class Leading(CfgParallel):
 
     def _ship(self, denoiser: Denoiser, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
-            remote.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
+            if remote.lost is None:  # the next one gets what there is by then
+                remote.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
         self._watches[denoiser.name] = Watch(denoiser.module)
         self._leader.forget(denoiser.name)
@@ -470,7 +471,7 @@ class Leading(CfgParallel):
     def _ship_what_a_callback_changed(self) -> None:
         for name, watch in self._watches.items():
             if watch.changed():
-                self._ship(self._denoisers[name], [r for r in self._leader.remotes if r.lost is None])
+                self._ship(self._denoisers[name], self._leader.remotes)
 
     @property
     def report(self) -> Report:
