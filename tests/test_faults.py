@@ -143,6 +143,26 @@ def test_followers_that_do_not_start_are_tried_less_and_less(pipe: Any, monkeypa
     assert sum("did not start: no memory" in text for text in told) == successors.MOST_TRIES
     assert "goes on alone. The next one is started in 2 s at the earliest." in told[1]
     assert "After 5 tries no further one is started: call disable_cfg_parallel and enable it again." in told[-1]
+    assert not handle.wait_until_ready(), "at once: nothing is to be waited for"
+
+
+def test_waiting_goes_on_until_a_follower_starts(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    start, tries = RemoteFollower.start, []
+
+    def fail_once(*args: Any) -> RemoteFollower:
+        tries.append(time.monotonic())
+        if len(tries) == 1:
+            raise cfg_parallel.FollowerLostError("The follower on cpu did not start: no memory.")
+        return start(*args)
+
+    monkeypatch.setattr(RemoteFollower, "start", fail_once)
+    kill(handle)
+    with pytest.warns(UserWarning, match="did not start: no memory. cpu goes on alone. The next one is started in 2 s"):
+        assert handle.wait_until_ready(30)
+    assert len(tries) == 2 and 1.9 < tries[1] - tries[0] < 4
+    assert torch.equal(generate(pipe, QWEN.inputs()), generate(QWEN.build(), QWEN.inputs()))
+    assert handle.report.parallel_steps == 3
 
 
 def test_a_follower_that_comes_up_later_takes_part(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ from cfg_parallel.successors import Successors
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.transports import ASKED_FOR, resolve
 
+_NEXT_LOOK = 0.1  # seconds, while it is too early to start another follower
 _GUIDANCE_ARGUMENTS = (
     "true_cfg_scale",
     "guidance_scale",
@@ -431,11 +432,18 @@ class Leading(CfgParallel):
         return fresh
 
     def wait_until_ready(self, timeout: float = 180.0) -> bool:
-        """Wait until followers that are being started serve; whether all do then. Starts them where some are lost."""
+        """As in the base class; raises what went wrong with on_follower_loss="raise"."""
+        deadline = time.monotonic() + timeout
         with self._lock:
-            if not self._spmd:
-                self._replace_lost(timeout)
-            return all(remote.check() is None for remote in self._leader.remotes)
+            while True:
+                left = deadline - time.monotonic()
+                if not self._spmd:
+                    self._replace_lost(max(0.0, left))
+                if all(remote.check() is None for remote in self._leader.remotes):
+                    return True
+                if left <= 0 or self._spmd or self._successors.gave_up:
+                    return False
+                time.sleep(min(_NEXT_LOOK, left))
 
     def _refresh(self, alone: bool) -> None:
         """Before a generation: a lost follower is replaced, and a denoiser that has changed is shipped again."""

@@ -93,8 +93,8 @@ class CfgParallel:
         raise NotImplementedError
 
     def wait_until_ready(self, timeout: float = 180.0) -> bool:
-        """Whether every follower serves. Lost ones are replaced; what is being started is waited for, for `timeout`
-        seconds."""
+        """Whether every follower serves. Lost ones are replaced; what is being started, or has to be started again, is
+        waited for, for `timeout` seconds."""
         return True
 
     def disable(self) -> None:

@@ -57,6 +57,11 @@ class Successors:
         wait = max(0.0, max(self._not_before.values(), default=0.0) - time.monotonic())
         return f"The next one is started in {wait:.0f} s at the earliest."
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether some place stays empty."""
+        return any(tries >= MOST_TRIES and place not in self._starting for place, tries in self._tries.items())
+
     def worked(self, place: int) -> None:
         """A generation went well with the follower at `place`."""
         self._tries.pop(place, None)

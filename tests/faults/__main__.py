@@ -30,7 +30,7 @@ from benchmarks.results_file import markdown_table
 
 from faults.kinds import KINDS
 from faults.run import run_case, summarize
-from faults.world import LAYER, World, belongings
+from faults.world import LAYER, Outcome, World, belongings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> int:
             name, kind = rng.choice(options.pipelines), options.kinds[seed % len(options.kinds)]
             if name not in worlds:
                 worlds[name] = World(name, options.device, Path(folder))
-            outcome = run_case(worlds[name], kind, rng)
+            try:
+                outcome = run_case(worlds[name], kind, rng)
+            except AssertionError as error:  # before the fault, or after it
+                outcome = Outcome(error=str(error))
+                worlds.pop(name).close()
             results.append((kind, outcome))
             if outcome.wrong:
                 print(f"FAIL seed {seed}, {kind}, {name}: {'; '.join(outcome.wrong)}", flush=True)
