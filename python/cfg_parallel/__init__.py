@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cfg_parallel import guidance
     from cfg_parallel.enable import disable_cfg_parallel, enable_cfg_parallel, last_report
     from cfg_parallel.errors import CfgParallelError, ConfigurationError, ExtensionMissingError, FollowerLostError
+    from cfg_parallel.omni import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
     from cfg_parallel.patch import CfgParallel
     from cfg_parallel.report import Report
 
@@ -18,8 +19,12 @@ __all__ = [
     "CfgParallel",
     "CfgParallelError",
     "ConfigurationError",
+    "DiffusionParallelConfig",
     "ExtensionMissingError",
     "FollowerLostError",
+    "Omni",
+    "OmniDiffusionSamplingParams",
+    "OmniRequestOutput",
     "Report",
     "disable_cfg_parallel",
     "enable_cfg_parallel",
@@ -36,6 +41,10 @@ _HOMES = {
     "ConfigurationError": "errors",
     "ExtensionMissingError": "errors",
     "FollowerLostError": "errors",
+    "DiffusionParallelConfig": "omni",
+    "Omni": "omni",
+    "OmniDiffusionSamplingParams": "omni",
+    "OmniRequestOutput": "omni",
     "Report": "report",
 }
 

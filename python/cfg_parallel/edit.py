@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
+from cfg_parallel.loading import load_pipeline, share_cpu_threads
 from cfg_parallel.preflight import (
     call_arguments,
     choose_devices,
@@ -21,6 +19,7 @@ from cfg_parallel.preflight import (
     first_line,
     read_model_index,
 )
+from cfg_parallel.stopwatch import stopwatch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,8 +51,8 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         index = fetch_model_index(args.model)
     call = call_arguments(find_pipeline_class(args.model, index), args, images)
     if devices[0] == "cpu":
-        _share_cpu_threads(devices)
-    pipe = _load(args.model, args.dtype, devices[0], quiet=quiet_load)
+        share_cpu_threads(devices)
+    pipe = load_pipeline(args.model, args.dtype, devices[0], quiet=quiet_load)
 
     if len(devices) == 1 and args.compile == "off":
         run = _generate(pipe, call, args, devices[0])
@@ -89,46 +88,6 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
     return 0 if one is None else _compare(one, many, devices)
 
 
-def _share_cpu_threads(devices: list[str]) -> None:
-    """The same number of threads in every process of both runs: bits can depend on it. OMP_NUM_THREADS wins."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // len(devices)))
-
-
-def _load(model: str, dtype: str, device: str, *, quiet: bool) -> Any:
-    import diffusers
-    import torch
-    from diffusers.utils import logging as diffusers_logging
-    from safetensors import SafetensorError
-    from transformers.utils import logging as transformers_logging
-
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    # `torch_dtype` warns from diffusers 0.42 on; `dtype` is ignored before.
-    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    key = "dtype" if version >= (0, 42) else "torch_dtype"
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    if quiet:
-        diffusers_logging.set_verbosity_error()
-        transformers_logging.set_verbosity_error()
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{key: getattr(torch, dtype)})
-        return pipe.to(device)
-    except torch.OutOfMemoryError as error:
-        raise CfgParallelError(
-            f"{model} does not fit on {device} ({first_line(error)}): use a larger device."
-        ) from error
-    except (OSError, ValueError, ImportError, SafetensorError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"{model} cannot be loaded ({first_line(error)}): check or download it again."
-        ) from error
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])
-
-
 @dataclass(frozen=True)
 class _Run:
     images: list[Image.Image]
@@ -154,7 +113,7 @@ def _generate(pipe: Any, call: dict[str, Any], args: argparse.Namespace, device:
     try:
         if device != "cpu" and args.compare:
             pipe(**{**call, "num_inference_steps": min(_WARM_UP_STEPS, args.num_inference_steps)}, **generator())
-        with _stopwatch(pipe, device) as clock:
+        with stopwatch(pipe, device) as clock:
             output = pipe(**call, **generator())
     except torch.OutOfMemoryError as error:
         raise CfgParallelError(f"out of memory ({first_line(error)}): lower --height and --width.") from error
@@ -167,67 +126,6 @@ def _generate(pipe: Any, call: dict[str, Any], args: argparse.Namespace, device:
     if not (isinstance(images, list) and images and hasattr(images[0], "save")):
         raise ConfigurationError(f"{type(pipe).__name__} made no picture: use enable_cfg_parallel in Python.")
     return _Run(images, clock.steps, clock.denoised - clock.begun, clock.end - clock.start)
-
-
-@dataclass
-class _Clock:
-    start: float = 0.0
-    begun: float = 0.0
-    denoised: float = 0.0
-    end: float = 0.0
-    steps: int = 0
-
-
-@contextmanager
-def _stopwatch(pipe: Any, device: str) -> Iterator[_Clock]:
-    """Times a generation without changing it. Denoising is from the progress bar's start to the first decoding by the
-    VAE, where the latents are waited for: with cfg-parallel the last may still be on their way when the bar ends."""
-    import torch
-
-    def now() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    clock = _Clock()
-    progress_bar = pipe.progress_bar
-    vae: Any = getattr(pipe, "vae", None)
-    decode: Any = getattr(vae, "decode", None)
-
-    def timed_progress_bar(*args: Any, **kwargs: Any) -> Any:
-        bar = progress_bar(*args, **kwargs)
-        close = bar.close
-
-        def timed_close() -> None:
-            bar.close = close  # tqdm closes again when it is collected
-            close()
-            clock.steps += bar.n
-            clock.denoised = now()
-
-        bar.close = timed_close
-        if not clock.steps:
-            clock.begun = now()
-        return bar
-
-    def timed_decode(latents: Any, *args: Any, **kwargs: Any) -> Any:
-        if not decoding:
-            decoding.append(True)
-            latents.reshape(-1)[0].item()
-            clock.denoised = now()
-        return decode(latents, *args, **kwargs)
-
-    decoding: list[bool] = []
-    pipe.progress_bar = timed_progress_bar
-    if decode is not None:
-        vae.decode = timed_decode
-    clock.start = clock.begun = now()
-    try:
-        yield clock
-    finally:
-        clock.end = now()
-        del pipe.progress_bar
-        if decode is not None:
-            del vae.decode
 
 
 def _save(run: _Run, output: str) -> None:
