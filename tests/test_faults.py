@@ -20,7 +20,7 @@ import torch
 
 import cfg_parallel
 from cfg_parallel import successors
-from cfg_parallel.random_state import RandomState
+from cfg_parallel.beginning import Beginning
 from cfg_parallel.remote import RemoteFollower
 from faults.kinds import KINDS
 from faults.run import run_case, summarize
@@ -261,7 +261,7 @@ def test_random_state() -> None:
     import numpy as np
 
     generators = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)]
-    state = RandomState(torch.device("cpu"), ((1, generators[0]), {"generator": [generators[1]]}))
+    state = Beginning(torch.device("cpu"), ((1, generators[0]), {"generator": [generators[1]]}))
 
     def draw() -> list[float]:
         return [
@@ -275,6 +275,145 @@ def test_random_state() -> None:
     assert draw() != first
     state.restore()
     assert draw() == first
+
+
+def test_a_prediction_that_never_came(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a kernel may have waited for it, so that the values since are garbage."""
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    abort = RemoteFollower._abort
+
+    def with_garbage(self: Any) -> None:
+        abort(self)
+        self._died = True
+
+    monkeypatch.setattr(RemoteFollower, "_abort", with_garbage)
+    steps: list[int] = []
+
+    def on_step(pipe: Any, step: int, timestep: Any, values: Any) -> dict[str, Any]:
+        steps.append(step)
+        if len(steps) == 2:
+            kill(handle)
+        return {}
+
+    with pytest.warns(UserWarning, match=r"may be incomplete. The generation begins again on cpu") as told:
+        got = generate(pipe, QWEN.inputs(callback_on_step_end=on_step))
+    assert torch.equal(got, generate(QWEN.build(), QWEN.inputs()))
+    assert steps == [0, 1, 0, 1, 2] and len(told) == 1
+    assert handle.wait_until_ready()
+    assert torch.equal(generate(pipe, QWEN.inputs()), got)
+    assert handle.report.parallel_steps == 3
+
+
+def test_latents_that_the_pipeline_writes_to(pipe: Any) -> None:
+    """As Kandinsky 5 does with the user's."""
+    latents = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    before = latents.clone()
+    beginning = Beginning(torch.device("cpu"), ((), {"latents": latents}))
+    latents.mul_(2.0)
+    beginning.restore()
+    assert torch.equal(latents, before)
+
+
+def test_a_loss_while_a_batch_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TINY["sd15"]
+    pipe = tiny.build()
+    with cfg_parallel.enable_cfg_parallel(pipe, **CPUS, on_follower_loss="raise") as handle:
+        leader: Any = handle._leader  # type: ignore[attr-defined]
+        collect = leader._collect
+        with monkeypatch.context() as patch, pytest.raises(cfg_parallel.FollowerLostError):
+            patch.setattr(leader, "_collect", lambda *args: (kill(handle), collect(*args))[1])
+            generate(pipe, tiny.inputs())
+        assert handle.wait_until_ready()
+        generate(pipe, tiny.inputs())
+        generate(pipe, tiny.inputs())
+        assert handle.report.parallel_steps == handle.report.steps
+
+
+def test_whatever_a_start_raises_costs_no_image(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    expected = generate(QWEN.build(), QWEN.inputs())
+
+    def start(*args: Any) -> RemoteFollower:
+        raise OSError(24, "Too many open files")
+
+    def on_step(pipe: Any, step: int, timestep: Any, values: Any) -> dict[str, Any]:
+        if step == 2:
+            kill(handle)
+        return {}
+
+    monkeypatch.setattr(RemoteFollower, "start", start)
+    with pytest.warns(UserWarning, match="Too many open files.*goes on alone. The next one is started in 2 s"):
+        assert torch.equal(generate(pipe, QWEN.inputs(callback_on_step_end=on_step)), expected)
+        assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+
+
+def test_a_follower_that_hangs_while_it_is_sent_much(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a socket holds: the leader would wait in the middle of a message."""
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS, follower_timeout=1)
+    generate(pipe, QWEN.inputs())
+    changed = QWEN.build()
+    for each in (pipe, changed):
+        each.transformer.note = "x" * 4_000_000  # a setting, so it is part of the header
+    os.kill(process_of(handle).pid, signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match="was lost"):
+        got = generate(pipe, QWEN.inputs())
+    assert time.monotonic() - start < 5
+    assert torch.equal(got, generate(changed, QWEN.inputs()))
+
+
+def test_changed_weights_that_a_follower_has_no_memory_for(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    generate(pipe, QWEN.inputs())
+    plain = QWEN.build()
+    for each in (pipe, plain):
+        with torch.no_grad():
+            each.transformer.proj_out.weight.mul_(1.25)
+
+    def ship(self: Any, *args: Any) -> None:
+        with self._watch():
+            raise cfg_parallel.ConfigurationError("The denoiser does not fit on the follower's GPU.")
+
+    monkeypatch.setattr(RemoteFollower, "ship_denoiser", ship)
+    with pytest.warns(UserWarning, match="does not fit on the follower's GPU. cpu goes on alone"):
+        assert torch.equal(generate(pipe, QWEN.inputs()), generate(plain, QWEN.inputs()))
+
+
+def test_waiting_in_a_callback_changes_no_follower(pipe: Any) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    answers: list[bool] = []
+
+    def on_step(pipe: Any, step: int, timestep: Any, values: Any) -> dict[str, Any]:
+        if step == 0:
+            kill(handle)
+        answers.append(handle.wait_until_ready(5))
+        return {}
+
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match="was lost"):
+        generate(pipe, QWEN.inputs(callback_on_step_end=on_step))
+    assert answers == [False] * 3 and time.monotonic() - start < 4
+    assert handle.wait_until_ready()
+
+
+def test_waiting_leaves_others_alone(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
+    generate(pipe, QWEN.inputs())
+    monkeypatch.setattr(RemoteFollower, "is_up", lambda self, patience: False)
+    kill(handle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        thread = threading.Thread(target=handle.wait_until_ready, args=(6,))
+        thread.start()
+        time.sleep(0.2)
+        start = time.monotonic()
+        generate(pipe, QWEN.inputs())
+        assert time.monotonic() - start < 3
+        handle.disable()
+    thread.join(1)
+    assert not thread.is_alive(), "nothing is waited for when it is disabled"
+    assert not handle.wait_until_ready()
+    assert not handle._successors._starting
 
 
 # Processes and threads

@@ -217,6 +217,10 @@ def test_refused_before_weights_are_loaded(qwen: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(omni, "load_pipeline", lambda *args: pytest.fail("the weights were loaded"))
     with pytest.raises(ConfigurationError, match="torchrun --nproc-per-node=4"):
         Omni(qwen, parallel_config=DiffusionParallelConfig(cfg_parallel_size=2, ulysses_degree=2))
+    with pytest.raises(ConfigurationError, match="needs 2 devices, but 1 were given"):
+        Omni(qwen, parallel_config=DiffusionParallelConfig(cfg_parallel_size=2), devices=["cpu"])
+    with pytest.raises(ConfigurationError, match="devices to be a list such as"):
+        Omni(qwen, devices="cpu")
     with pytest.raises(ConfigurationError, match="there is no folder"):
         Omni("/no/such/model", **TWO)
 

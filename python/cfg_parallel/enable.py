@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from cfg_parallel import spmd
+from cfg_parallel.beginning import Beginning
 from cfg_parallel.caches import Cache, reset
 from cfg_parallel.calls import Denoiser
 from cfg_parallel.codec import map_tensors, tensors_in
@@ -31,7 +32,6 @@ from cfg_parallel.offload import devices_of, is_offloaded, keep_on, offload_all
 from cfg_parallel.patch import CfgParallel, denoiser_view, original_scheduler, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.preparation import Preparation, Prepare
-from cfg_parallel.random_state import RandomState
 from cfg_parallel.remote import START_TIMEOUT, PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
 from cfg_parallel.report import Report, median, of_each_step
@@ -39,7 +39,7 @@ from cfg_parallel.successors import Successors
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.transports import ASKED_FOR, resolve
 
-_NEXT_LOOK = 0.1  # seconds, while it is too early to start another follower
+_NEXT_LOOK = 0.05  # seconds, while a follower comes up
 _GUIDANCE_ARGUMENTS = (
     "true_cfg_scale",
     "guidance_scale",
@@ -271,8 +271,16 @@ class Leading(CfgParallel):
 
     def _ship(self, denoiser: Denoiser, remotes: list[RemoteFollower]) -> None:
         for remote in remotes:
-            if remote.lost is None:  # the next one gets what there is by then
+            if remote.lost is not None:  # the next one gets what there is by then
+                continue
+            try:
                 remote.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
+            except CfgParallelError as error:
+                is_first = denoiser.name not in self._shipped
+                if remote.lost is None or is_first or self._spmd or self._leader.on_loss == "raise":
+                    raise
+                remote.announced = True
+                warnings.warn(f"{error} {self.devices[0]} goes on alone.", stacklevel=7)
         self._shipped[denoiser.name] = fingerprint(denoiser.module)
         self._watches[denoiser.name] = Watch(denoiser.module)
         self._leader.forget(denoiser.name)
@@ -298,17 +306,21 @@ class Leading(CfgParallel):
         try:
             self._running = True
             may_begin_again = self._leader.on_loss == "recompute" and self._leader.remotes and not self._spmd
-            before = RandomState(self.devices[0], (args, kwargs)) if may_begin_again else None
+            before = Beginning(self.devices[0], (args, kwargs)) if may_begin_again else None
+            earlier = self._generation
             try:
                 output = self._attempt(call, args, kwargs)
             except FollowerLostError as error:
                 if before is None:
                     raise
                 again = f"The generation begins again on {self.devices[0]}."
-                if self._generation is None or not self._generation.has_warned:
+                generation = self._generation
+                if generation is None or generation is earlier or not generation.has_warned:
                     warnings.warn(f"{error} {again}", stacklevel=3)
                 for remote in self._leader.remotes:
-                    remote.announced |= remote.lost is not None
+                    if remote.lost is not None:  # what it has left behind is no part of the generation that begins
+                        remote.announced = True
+                        remote.close()
                 before.restore()
                 output = self._attempt(call, args, kwargs, alone=f"{error} {again}")
             if may_begin_again:
@@ -355,7 +367,7 @@ class Leading(CfgParallel):
             failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            if begun:
+            if begun and self._leader.generation is not None:
                 self._generation = self._leader.end()
                 self._note_success(failure)
             incomplete = self._incomplete()
@@ -377,10 +389,12 @@ class Leading(CfgParallel):
 
     def _hand_out(self, output: Any, failure: str | None) -> None:
         """Under torchrun: the other ranks answer only until they have the output, so the report is made before."""
-        with contextlib.suppress(FollowerLostError):  # a lost rank says so itself, and torchrun ends the others
+        # A lost rank says so itself, and torchrun ends the others.
+        with contextlib.suppress(FollowerLostError):
             if self._generation is not None:
                 self._report = self._make_report(self._generation)
-            for remote in self._leader.remotes:
+        for remote in self._leader.remotes:
+            with contextlib.suppress(FollowerLostError):
                 remote.send_output(output, failure)
 
     def _note_success(self, failure: str | None) -> None:
@@ -400,15 +414,15 @@ class Leading(CfgParallel):
             lost = remote.check()
             if lost is None:
                 continue
-            remote.close()
             try:
+                remote.close()
                 fresh = self._successors.get(place, functools.partial(self._start_another, remote, lost))
                 if fresh is None or not fresh.is_up(deadline - time.monotonic()):
                     continue
                 self._connect([fresh])
                 for denoiser in self._denoisers.values():
                     fresh.ship_denoiser(denoiser.name, denoiser.module, self._preparation.prepare)
-            except CfgParallelError as error:
+            except Exception as error:  # no file, no memory, no CUDA: whatever it is, one device can do without
                 what = self._successors.failed(place)
                 if self._leader.on_loss == "raise":
                     raise
@@ -434,16 +448,20 @@ class Leading(CfgParallel):
     def wait_until_ready(self, timeout: float = 180.0) -> bool:
         """As in the base class; raises what went wrong with on_follower_loss="raise"."""
         deadline = time.monotonic() + timeout
-        with self._lock:
-            while True:
-                left = deadline - time.monotonic()
-                if not self._spmd:
-                    self._replace_lost(max(0.0, left))
+        while True:
+            with self._lock:
+                if not self._close.alive:
+                    return False
+                if not (self._spmd or self._running):  # by a callback: a generation keeps its followers
+                    self._replace_lost(patience=0.0)
                 if all(remote.check() is None for remote in self._leader.remotes):
                     return True
-                if left <= 0 or self._spmd or self._successors.gave_up:
+                if self._spmd or self._running or self._successors.gave_up:
                     return False
-                time.sleep(min(_NEXT_LOOK, left))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(_NEXT_LOOK, left))
 
     def _refresh(self, alone: bool) -> None:
         """Before a generation: a lost follower is replaced, and a denoiser that has changed is shipped again."""
@@ -625,9 +643,11 @@ class Serving(CfgParallel):
 def _close_all(remotes: list[RemoteFollower], successors: Successors, pid: int) -> None:
     if os.getpid() != pid:  # a forked child that ends has nothing to close
         return
-    successors.close()
-    for remote in remotes:
-        remote.close()
+    try:
+        successors.close()
+    finally:
+        for remote in remotes:
+            remote.close()
 
 
 def _check_same(hello: dict[str, Any], leader: torch.device) -> None:

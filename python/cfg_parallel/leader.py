@@ -116,6 +116,7 @@ class Leader:
         self._hooks: dict[str, Hooks] = {}
         self._looked: set[str] = set()  # denoisers of which a forward was run here, and looked at
         self._alone: dict[str, str] = {}  # denoiser -> why all its calls run here
+        self._leave: set[str] = set()  # denoisers that were seen to leave something behind, whatever they are now
 
     def forget(self, denoiser: str) -> None:
         """What was learned of a denoiser's calls, when it has changed."""
@@ -138,6 +139,7 @@ class Leader:
     def begin(self, alone: str | None = None) -> Generation:
         """Followers that are lost take no part, and none does in a generation that is to run here, for the reason that
         `alone` gives."""
+        self.generation = None
         forget_unsettled()
         for learned in (self._templates, self._splits, self._whole):
             if len(learned) > _LEARNED_LIMIT:
@@ -149,6 +151,10 @@ class Leader:
             self.generation.note(alone)
         for follower, remote in enumerate(self.remotes):
             remote.sent = Sent()
+            if remote.lost is not None:
+                if remote.process is None:  # a rank, which nobody replaces
+                    raise FollowerLostError(remote.lost)
+                self.generation.note(remote.lost)
             try:
                 if remote.lost is None:
                     remote.begin(settings, self.graphs.mode)
@@ -297,7 +303,7 @@ class Leader:
         rows = call.rows()
         # To compile for a batch that is about to be taken apart would take as long as for the parts.
         is_new = bool(self.remotes) and rows > 1 and signature not in self._templates and not hooked
-        may_run_again = is_new and call.denoiser.cache is None and call.denoiser.name not in self._alone
+        may_run_again = is_new and call.denoiser.cache is None and call.denoiser.name not in self._leave
         eagerly = may_run_again and is_compiled(call.denoiser.module)
         with call.denoiser.uncompiled() if eagerly else contextlib.nullcontext():
             output = self._run_as_given(generation, call, signature, hooked or eagerly)
@@ -331,8 +337,11 @@ class Leader:
                 else:
                     generation.note(why)
                     step.branches += next(iter(node.row_splits)) - 1
-            may_run_again = call.denoiser.name not in self._alone and self._is_as_it_was(call)
-            return self._run_again(generation, call) if eagerly and may_run_again else values
+            if eagerly and call.denoiser.name not in self._leave and self._is_as_it_was(call):
+                return self._run_again(generation, call)
+            if eagerly:
+                generation.note("one call ran without compiled code, as it could not be run twice")
+            return values
 
         node, pendings = self._pending(force, specs, rows if may_split else 0, listed)
         step.nodes.append(node)
@@ -347,8 +356,10 @@ class Leader:
         output = self._run(generation, call, as_given=True, graphs=graphs)
         if looks and left_something(before, traces(module)):
             self._alone[name] = "a forward leaves something behind in an object that the denoiser holds"
+            self._leave.add(name)
         elif looks and not set(map(id, tensors_in(call.given))) <= set(map(id, given)):
             self._alone[name] = "a forward keeps something in one of its arguments"
+            self._leave.add(name)
         self._looked.add(name)
         call.given = None
         return output
@@ -504,7 +515,7 @@ class Leader:
                 else:
                     joined = join(self._split_rows(generation, step, call, split)[0], call.is_listed())
                 reason = _difference(whole, joined)
-            except (torch.OutOfMemoryError, RecordingError):
+            except (torch.OutOfMemoryError, RecordingError, FollowerLostError):
                 raise
             except Exception as error:  # whatever a model says to a batch of another size
                 reason = f"one branch alone raised {type(error).__name__}: {error}"
@@ -542,7 +553,7 @@ class Leader:
         """What a follower owes, and would have got in this generation, is run here. Raises FollowerLostError where that
         cannot save it, or is not wanted."""
         remote = self.remotes[follower]
-        remote.announced = True
+        remote.announced |= remote.lost is not None
         if self.on_loss == "raise":
             raise FollowerLostError(str(error)) from error
         if remote.died:
@@ -553,7 +564,7 @@ class Leader:
 
     def _warn_of_loss(self, generation: Generation, follower: int, error: Exception) -> None:
         """Once for each follower and generation."""
-        self.remotes[follower].announced = True
+        self.remotes[follower].announced |= self.remotes[follower].lost is not None
         if follower not in generation.given_up:
             generation.given_up.add(follower)
             generation.has_warned = True

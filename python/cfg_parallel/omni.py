@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.loading import load_pipeline, share_cpu_threads
-from cfg_parallel.preflight import choose_devices, fetch_model_index, find_pipeline_class, read_model_index
+from cfg_parallel.preflight import fetch_model_index, find_pipeline_class, read_model_index
 from cfg_parallel.stopwatch import stopwatch
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Omni:
     Args:
         model: a folder in the diffusers format, or an id of the Hugging Face hub.
         parallel_config: how many devices share the work.
-        devices: such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"]. Default: GPUs, without any CPU processes.
+        devices: such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"]. Default: GPUs; where there are none, CPU processes.
         dtype: the name of a dtype; "auto" is bfloat16 on GPUs and float32 on CPUs.
         enable: further arguments of `enable_cfg_parallel`, such as cuda_graphs, compile or on_follower_loss.
 
@@ -137,9 +137,11 @@ class Omni:
         **enable: Any,
     ) -> None:
         from cfg_parallel import spmd
+        from cfg_parallel.discovery import check_numbers
         from cfg_parallel.enable import enable_cfg_parallel
 
         config = parallel_config or DiffusionParallelConfig()
+        check_numbers(config.cfg_parallel_size, devices, enable.get("follower_timeout", 1.0))
         self._lock = threading.Lock()
         self._ids = itertools.count()
         index = read_model_index(model) or fetch_model_index(model)
@@ -151,7 +153,7 @@ class Omni:
                     "ulysses_degree, ring_degree and tensor_parallel_size need a process for each device; start the "
                     f"script with torchrun --nproc-per-node={count}."
                 )
-            chosen = choose_devices(config.cfg_parallel_size, list(devices) if devices else None, "auto")
+            chosen = _choose(config.cfg_parallel_size, devices)
         else:
             chosen = [_device_of_this_rank()]
         if chosen[0] == "cpu":
@@ -272,6 +274,16 @@ class Omni:
         if getattr(self, "_handle", None) is not None:
             warnings.warn("An Omni engine was not closed; use it as a context manager.", ResourceWarning, stacklevel=2)
             self.close()
+
+
+def _choose(size: int, devices: Sequence[str] | None) -> list[str]:
+    """A device for each place, the pipeline's own first."""
+    import torch
+
+    from cfg_parallel.discovery import choose_devices
+
+    leader = torch.device(devices[0] if devices else "cuda:0" if torch.cuda.is_available() else "cpu")
+    return [str(device) for device in choose_devices(leader, size, devices, None)]
 
 
 def _device_of_this_rank() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,7 @@ class RemoteFollower:
         self._closing = False
         self._timeout = timeout
         self._stderr: Any = None
+        _bound_waits(conn, timeout)
         self._unread: deque[RemoteCall] = deque()
         self._unpulled: deque[RemoteCall] = deque()
         self._residents: dict[Any, list[tuple[Any, ...]]] = {}
@@ -415,11 +417,19 @@ class RemoteFollower:
         return self.process is None or self.process.poll() is None
 
     def _last_words(self) -> str:
-        if self._stderr is None:
+        if self._stderr is None or self._stderr.closed:
             return ""
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return f"Its last words: {lines[-1]}" if lines else ""
+
+
+def _bound_waits(conn: Connection, seconds: float) -> None:
+    """A process that hangs half-way through a message, or takes none, does not hold up this one for longer."""
+    limit = struct.pack("ll", int(min(seconds, 1e9)), int(seconds % 1 * 1e6) if seconds < 1e9 else 0)
+    with socket.socket(fileno=os.dup(conn.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 def _identity(tensor: torch.Tensor | Rows) -> tuple[Any, ...]:

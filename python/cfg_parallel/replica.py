@@ -137,8 +137,8 @@ def clear_method_caches(module: torch.nn.Module) -> None:
     for cls in {type(sub) for sub in module.modules()}:
         for name in dir(cls):
             method = inspect.getattr_static(cls, name, None)
-            enclosed = inspect.getclosurevars(method).nonlocals.values() if inspect.isfunction(method) else ()
-            for found in (method, *enclosed):
+            cells = getattr(method, "__closure__", None) or ()
+            for found in (method, *(cell.cell_contents for cell in cells if cell != types.CellType())):
                 if isinstance(found, functools._lru_cache_wrapper):
                     found.cache_clear()
 
