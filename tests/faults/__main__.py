@@ -33,6 +33,9 @@ from faults.run import run_case, summarize
 from faults.world import LAYER, Outcome, World, belongings
 
 
+KEY = ("device", "followers", "kind", "first_seed")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=300)
@@ -43,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="one case, by its seed")
     parser.add_argument("--forked", action="store_true", help="followers forked from this process, which start at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so many")
-    parser.add_argument("--out", type=Path, help="JSON file whose rows of these kinds and this device are replaced")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; rows of the same kinds, device and first seed are replaced"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of followers, so that two processes fit on two cores
@@ -79,12 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     left = {name: after[name] - before[name] for name in ("processes", "shared memory") if after[name] > before[name]}
     if left:
         print(f"FAIL left behind at the end: {left}", flush=True)
-    rows = summarize(results, options.device, "forked" if options.forked else "started")
+    rows = summarize(results, options.device, "forked" if options.forked else "started", options.seed)
     print(markdown_table(rows, ("kind", "cases", "returned", "equal", "worst_seconds", "worst_late", "left_behind")))
     if options.out:
         old = json.loads(options.out.read_text()) if options.out.exists() else []
-        same = {(row["device"], row["followers"], row["kind"]) for row in rows}
-        rows = [row for row in old if (row["device"], row["followers"], row["kind"]) not in same] + rows
+        same = [[row.get(key) for key in KEY] for row in rows]
+        rows = [row for row in old if [row.get(key) for key in KEY] not in same] + rows
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if left or any(outcome.wrong for _, outcome in results) else 0
 

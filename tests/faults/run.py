@@ -25,7 +25,9 @@ def run_case(world: World, kind: str, rng: random.Random) -> Outcome:
     return outcome
 
 
-def summarize(results: Sequence[tuple[str, Outcome]], device: str, followers: str) -> list[dict[str, Any]]:
+def summarize(
+    results: Sequence[tuple[str, Outcome]], device: str, followers: str, first_seed: int = 0
+) -> list[dict[str, Any]]:
     """A row for each kind. `followers` were started as a user's are, or forked from a process that was ready."""
     rows = []
     for kind in dict.fromkeys(kind for kind, _ in results):
@@ -42,6 +44,7 @@ def summarize(results: Sequence[tuple[str, Outcome]], device: str, followers: st
                 "left_behind": sum(bool(outcome.left_behind) for outcome in outcomes),
                 "device": device if device == "cpu" else f"2x {torch.cuda.get_device_name(0)}",
                 "followers": followers,
+                "first_seed": first_seed,
                 "machine": platform.machine(),
                 "torch": torch.__version__,
                 "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
