@@ -32,7 +32,6 @@ from faults.kinds import KINDS
 from faults.run import run_case, summarize
 from faults.world import LAYER, Outcome, World, belongings
 
-
 KEY = ("device", "followers", "kind", "first_seed")
 
 
