@@ -66,8 +66,8 @@ class Fusion:
     """Evaluates the recordings of one pipeline on `device`.
 
     `execute` runs a program; None where that cannot be done, and `backend` says why. `prepare` has a kernel compiled
-    that will wait for one of its inputs. `fused` and `replayed` count the
-    evaluations that combined predictions, by rule and backend and by reason."""
+    that will wait for one of its inputs. `fused` and `replayed` count the evaluations that combined predictions, by
+    rule and backend and by reason."""
 
     device: torch.device
     execute: Execute | None

@@ -150,16 +150,16 @@ class Leader:
         if alone is not None:
             self.generation.note(alone)
         for follower, remote in enumerate(self.remotes):
-            remote.sent = Sent()
-            if remote.lost is not None:
-                if remote.process is None:  # a rank, which nobody replaces
-                    raise FollowerLostError(remote.lost)
-                self.generation.note(remote.lost)
-            try:
-                if remote.lost is None:
+            if remote.lost is None:
+                try:
                     remote.begin(settings, self.graphs.mode)
-            except FollowerLostError as error:
-                self._give_up(self.generation, follower, error)
+                except FollowerLostError as error:
+                    self._give_up(self.generation, follower, error)
+            elif remote.process is None:  # a rank, which nobody replaces
+                raise FollowerLostError(remote.lost)
+            else:
+                remote.sent = Sent()
+                self.generation.note(remote.lost)
             if remote.lost is not None or alone is not None:
                 self.generation.given_up.add(follower)
         self.fusion.install()
