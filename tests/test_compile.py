@@ -213,6 +213,24 @@ def test_compiled_code_runs_in_every_call(mode: Any) -> None:
             assert torch.equal(generate(two, tiny.inputs()), expected)
 
 
+def test_each_device_compiles_for_one_branch() -> None:
+    """Not for the prompts of both, which torch.compile would take as one of variable length."""
+    tiny = TINY["qwen_image"]
+    pipe, compiled = tiny.build(), []
+
+    def counting(module: Any, inputs: Any) -> Any:
+        compiled.append(module)
+        return module.forward
+
+    inputs = functools.partial(tiny.inputs, prompt="a cat on a sofa, high quality", negative_prompt="blurry")
+    options = {"compile": True, "compile_options": {"backend": counting}}
+    with cfg_parallel.enable_cfg_parallel(pipe, **CPUS, **options) as handle:
+        for _ in range(2):
+            generate(pipe, inputs())
+            assert handle.report.parallel_steps == handle.report.steps
+            assert len(compiled) == 1
+
+
 class Block(torch.nn.Module):
     def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return x * 2 + table

@@ -90,7 +90,8 @@ class Graphs:
         self.replayed = 0
         self.captured = 0
         self.eager: Counter[str] = Counter()
-        self._capture = capture or _CudaCapture(device)
+        self._captures = (lambda: capture) if capture is not None else lambda: _CudaCapture(device)
+        self._capture: Capture = self._captures()
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
         self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self._wasted: Counter[str] = Counter()  # denoiser -> captures in a row that were not worth it
@@ -131,7 +132,11 @@ class Graphs:
 
     def clear(self) -> None:
         """Give the memory of all graphs back."""
+        had = bool(self._graphs)
         self._forget_all(lambda key: True)
+        self._capture = self._captures()
+        if had and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # a pool that nobody uses PyTorch keeps until it runs out of memory
 
     def _forget_all(self, which: Callable[[Any], bool]) -> None:
         for known in (self._graphs, self._kinds):
@@ -321,11 +326,13 @@ class _CudaCapture:
         self._device = device
         self._stream: Any = None
         self._pool: Any = None
+        self._anchor: Any = None  # a pool that its last graph has left takes no other, and its memory is lost to all
 
     def __call__(self, forward: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         with torch.cuda.device(self._device):
             if self._stream is None:
                 self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+                self._anchor = self._empty(self._stream, self._pool)
             graph = torch.cuda.CUDAGraph()
             # Other threads, of the transport for one, go on calling CUDA.
             capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
@@ -341,10 +348,14 @@ class _CudaCapture:
         """After a capture that failed PyTorch's allocator and random generator believe that it goes on (2.11, 2.13)."""
         with contextlib.suppress(RuntimeError):  # it was told
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
-        self._stream = self._pool = None  # graphs from before keep theirs
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+        self._stream = self._pool = self._anchor = None  # graphs from before keep theirs
+        self._empty(torch.cuda.Stream(self._device))
+
+    def _empty(self, stream: Any, pool: Any = None) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=self._device)
+        return graph
 
 
 def _free_memory(device: torch.device) -> float:

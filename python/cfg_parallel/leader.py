@@ -301,23 +301,31 @@ class Leader:
 
     def _run_here(self, generation: Generation, call: Call, signature: Any, hooked: bool = False) -> Any:
         rows = call.rows()
-        # To compile for a batch that is about to be taken apart would take as long as for the parts.
-        is_new = bool(self.remotes) and rows > 1 and signature not in self._templates and not hooked
+        # To compile for a batch that is about to be taken apart would take as long as for its parts, and to compile
+        # here for a first call as long as on the follower, where those after it run.
+        is_new = bool(self.remotes) and signature not in self._templates and not hooked
         may_run_again = is_new and call.denoiser.cache is None and call.denoiser.name not in self._leave
-        eagerly = may_run_again and is_compiled(call.denoiser.module)
+        to_look = call.denoiser.name not in self._looked and not generation.step.nodes and rows == 1
+        eagerly = may_run_again and (rows > 1 or to_look) and is_compiled(call.denoiser.module)
         with call.denoiser.uncompiled() if eagerly else contextlib.nullcontext():
             output = self._run_as_given(generation, call, signature, hooked or eagerly)
         step = generation.step
-        step.branches += 1
         try:
             body, tensors = encode_plain(output)
         except UnshippableError as error:
+            step.branches += 1
             generation.note(f"the output cannot be followed: {error}")
             self._end_step(generation)
             return output
         values = [t if is_dense(t) else t.clone() for t in cast("list[torch.Tensor]", tensors)]
         specs = [TensorSpec.of(tensor, self.device) for tensor in values]
         self._templates[signature] = Template(body, specs)
+        if eagerly and to_look and call.denoiser.name not in self._alone:
+            self._expected = max(2, self._expected)
+            shipped = self._ship(generation, call, signature, 0, 0)
+            if shipped is not None:
+                return shipped
+        step.branches += 1
         cache = call.denoiser.cache
         listed = call.is_listed()
         by_rows = len(specs) == rows if listed else all(spec.shape[:1] == (rows,) for spec in specs)

@@ -32,6 +32,7 @@ if str(Path(__file__).parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cfg_parallel
+from faults.world import gpu_memory
 from test_lora import save_lora
 from tiny import TINY, generate
 
@@ -119,9 +120,8 @@ class Soak:
         process = self.handle._leader.remotes[0].process
         with contextlib.suppress(psutil.NoSuchProcess):
             held["follower"] = psutil.Process(process.pid).memory_info().rss / 2**20
-        for gpu in range(torch.cuda.device_count() if self.device == "cuda" else 0):
-            free, total = torch.cuda.mem_get_info(gpu)
-            held[f"cuda:{gpu}"] = (total - free) / 2**20
+        if self.device == "cuda":
+            held |= gpu_memory()
         self.memory.append(held)
 
     def growth(self) -> dict[str, float]:

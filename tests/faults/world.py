@@ -162,10 +162,25 @@ def belongings(device: str) -> dict[str, int]:
         "open files": len(files) - segments,
         "shared memory": segments,
     }
-    for gpu in range(torch.cuda.device_count() if device != "cpu" else 0):
+    if device != "cpu":
+        held |= {f"MiB of {name}": round(mib) for name, mib in gpu_memory().items()}
+    return held
+
+
+def gpu_memory() -> dict[str, float]:
+    """MiB of each GPU that this process and its children hold; other programs may use the GPUs meanwhile."""
+    import pynvml
+
+    mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    held = {}
+    pynvml.nvmlInit()
+    for gpu in range(torch.cuda.device_count()):
         torch.cuda.synchronize(gpu)
-        free, total = torch.cuda.mem_get_info(gpu)
-        held[f"MiB of cuda:{gpu}"] = (total - free) >> 20
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(gpu).uuid}")
+        sizes = {each.pid: each.usedGpuMemory for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+        if os.getpid() not in sizes:
+            raise RuntimeError(f"NVML does not list this process on cuda:{gpu}, so what it holds there cannot be told")
+        held[f"cuda:{gpu}"] = sum(size for pid, size in sizes.items() if pid in mine) / 2**20
     return held
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,38 +15,40 @@ from sweep.build import Case
 from sweep.compare import Row, difference, run, same
 
 GENERATIONS = 4  # for a kind of call that comes once in each: two eager calls, the one that is captured, a replay
+SECOND_LOOK = 20  # at a pipeline on one GPU, where graphs seem to be wrong
 _FAILURE = "the forward cannot be captured: "
 
 
 def capture(case: Case, row: Row, device: str = "cuda:0") -> Row:
     """Fills in `row.graph`. Raises AssertionError where graphs give something else than plain diffusers."""
     try:
-        expected, again = plain(case, device)
+        plain = case.build(device)
+        expected = run(plain, case.arguments())
+        assert expected and all(np.isfinite(array).all() for array in expected), "nan, inf or nothing"
+        steady = repeats(plain, case, expected, 1)
     except Exception as error:  # nothing of cfg-parallel was involved, and this is what there is to say of it
         traceback.print_exc()
         row.graph = f"the tiny pipeline does not run on a GPU: {one_line(error)}"
         return row
-    if not same(expected, again):
-        row.graph = "plain diffusers gives other bits each time on a GPU"
-        return row
-    pipe = case.build(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forwards that stay eager
-        with cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1, cuda_graphs=True) as handle:
-            results = [run(pipe, case.arguments()) for _ in range(GENERATIONS)]
-            report = handle.report
-    off = max(difference(result, expected) for result in results)
-    assert all(same(result, expected) for result in results), f"differs from plain diffusers by {off:.1e}"
-    row.graph = graph_of(report)
+    if steady:
+        pipe = case.build(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of forwards that stay eager
+            with cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1, cuda_graphs=True) as handle:
+                results = [run(pipe, case.arguments()) for _ in range(GENERATIONS)]
+                row.graph = graph_of(handle.report)
+        if all(same(result, expected) for result in results):
+            return row
+        steady = repeats(plain, case, expected, SECOND_LOOK)  # some ops add up in the order in which blocks come
+        off = max(difference(result, expected) for result in results)
+        assert not steady, f"differs from plain diffusers by {off:.1e}"
+    row.graph = "plain diffusers gives other bits each time on a GPU"
     return row
 
 
-def plain(case: Case, device: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What the pipeline gives without cfg-parallel, twice."""
-    pipe = case.build(device)
-    expected = run(pipe, case.arguments())
-    assert expected and all(np.isfinite(array).all() for array in expected), "nan, inf or nothing"
-    return expected, run(pipe, case.arguments())
+def repeats(plain: Any, case: Case, expected: list[np.ndarray], times: int) -> bool:
+    """Whether the pipeline gives the same without cfg-parallel, each time."""
+    return all(same(run(plain, case.arguments()), expected) for _ in range(times))
 
 
 def graph_of(report: Report) -> bool | str:
