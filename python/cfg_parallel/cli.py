@@ -1,5 +1,5 @@
-"""The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot, and
-`models` lists the pipelines.
+"""The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot,
+`serve` serves a model, and `models` lists the pipelines.
 
 Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was
 done, with one line on stderr that names the fix.
@@ -86,7 +86,108 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("words", nargs="*", metavar="WORD", help="a part of a name, in any case (default: all)")
     models.add_argument("--json", action="store_true", help="the rows as JSON")
     models.set_defaults(command=_models)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model with OpenAI's API for pictures, and a web page",
+        description="Serves a model: /v1/images/generations and edits, /v1/chat/completions, /health and /metrics.",
+    )
+    _add_serve_arguments(serve)
+    serve.set_defaults(command=_serve)
     return parser
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=_path, metavar="MODEL", help="a folder with a model_index.json, or a Hugging Face id")
+    add("--host", default="127.0.0.1", help="default: %(default)s, which others cannot reach")
+    add("--port", type=_port, default=8091, help="0 takes a free one (default: %(default)s)")
+    add(
+        "--cfg-parallel-size",
+        type=_positive_int,
+        metavar="N",
+        help="devices of a replica (default: 2, or those of --devices)",
+    )
+    add(
+        "--replicas",
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="engines, each on devices of its own (default: 1)",
+    )
+    add(
+        "--devices",
+        type=_devices,
+        metavar="LIST",
+        help="of all replicas, one after the other, such as cuda:0,cuda:1 or cpu,cpu (default: GPUs, or CPU processes)",
+    )
+    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="default: %(default)s")
+    add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
+    add("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help="default: %(default)s")
+    add("--compile", choices=["auto", "regional", "full", "off"], default="off", help="default: %(default)s")
+    add("--served-model-name", metavar="NAME", help="for clients (default: MODEL)")
+    add(
+        "--api-key",
+        default=os.environ.get("CFG_PARALLEL_API_KEY") or None,
+        metavar="KEY",
+        help="what clients send as a bearer token (default: CFG_PARALLEL_API_KEY, or none is needed)",
+    )
+    add("--max-queue", type=_count, default=32, metavar="N", help="requests that may wait (default: %(default)s)")
+    add("--max-steps", type=_steps, default=200, metavar="N", help="of a request (default: %(default)s)")
+    add("--max-pixels", type=_positive_int, default=2048 * 2048, metavar="N", help="of a result (default: %(default)s)")
+    add(
+        "--max-outputs", type=_positive_int, default=4, metavar="N", help="pictures of a request (default: %(default)s)"
+    )
+    add("--max-request-mb", type=_positive, default=64.0, metavar="MB", help="of a body (default: %(default)s)")
+    add("--allow-remote-images", action="store_true", help="fetch the http(s) URLs of pictures in chats")
+    add("--log-prompts", action="store_true", help="write prompts into the log")
+    add("--omni", action="store_true", help=argparse.SUPPRESS)  # of vLLM-Omni's command
+
+
+def _serve(args: argparse.Namespace) -> int:
+    if (missing := _missing_for_serve()) is not None:
+        raise ConfigurationError(f"`serve` needs {missing}: pip install 'cfg-parallel[serve]'.")
+    from cfg_parallel.preflight import choose_devices, fetch_model_index, find_pipeline_class, read_model_index
+    from cfg_parallel.serving.server import serve
+    from cfg_parallel.serving.settings import Settings
+
+    size = args.cfg_parallel_size or (len(args.devices) // args.replicas if args.devices else 2)
+    if args.devices is not None and len(args.devices) != size * args.replicas:
+        raise ConfigurationError(
+            f"--devices names {len(args.devices)}, and {args.replicas} x {size} are needed (--replicas and "
+            "--cfg-parallel-size): make them agree."
+        )
+    index = read_model_index(args.model)
+    devices = choose_devices(size * args.replicas, args.devices, args.transport)
+    find_pipeline_class(args.model, index or fetch_model_index(args.model))
+    enable = {
+        "transport": args.transport,
+        "cuda_graphs": {"auto": "auto", "on": True, "off": False}[args.cuda_graphs],
+        "compile": {"auto": True, "off": False}.get(args.compile, args.compile),
+    }
+    settings = Settings(
+        model=args.model,
+        devices=tuple(devices),
+        replicas=args.replicas,
+        dtype=args.dtype,
+        enable=tuple(enable.items()),
+        served_model_name=args.served_model_name,
+        api_key=args.api_key,
+        max_queue=args.max_queue,
+        max_steps=args.max_steps,
+        max_pixels=args.max_pixels,
+        max_outputs=args.max_outputs,
+        max_request_mb=args.max_request_mb,
+        allow_remote_images=args.allow_remote_images,
+        log_prompts=args.log_prompts,
+    )
+    return serve(settings, args.host, args.port)
+
+
+def _missing_for_serve() -> str | None:
+    import importlib.util
+
+    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+    return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +255,21 @@ def _positive_int(text: str, low: int = 1, high: int | None = None) -> int:
     if value < low or (high is not None and value > high):
         most = "" if high is None else f" and at most {high}"
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}{most}, but got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _positive_int(text, low=0)
+
+
+def _port(text: str) -> int:
+    return _positive_int(text, low=0, high=65535)
+
+
+def _positive(text: str) -> float:
+    value = _finite_float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, but got {text!r}")
     return value
 
 

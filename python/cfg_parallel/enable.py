@@ -29,7 +29,7 @@ from cfg_parallel.errors import CfgParallelError, ConfigurationError, FollowerLo
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import INCOMPLETE, Generation, Leader, OnLoss
 from cfg_parallel.offload import devices_of, is_offloaded, keep_on, offload_all
-from cfg_parallel.patch import CfgParallel, denoiser_view, original_scheduler, scheduler_view
+from cfg_parallel.patch import CfgParallel, Follower, denoiser_view, original_scheduler, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.preparation import Preparation, Prepare
 from cfg_parallel.remote import START_TIMEOUT, PeerUnavailableError, RemoteFollower
@@ -498,6 +498,13 @@ class Leading(CfgParallel):
         for name, watch in self._watches.items():
             if watch.changed():
                 self._ship(self._denoisers[name], self._leader.remotes)
+
+    @property
+    def followers(self) -> list[Follower]:
+        with self._lock:
+            remotes = self._leader.remotes
+            pids = [None if remote.process is None else remote.process.pid for remote in remotes]
+            return [Follower(str(r.device), pid, r.check()) for r, pid in zip(remotes, pids, strict=True)]
 
     @property
     def report(self) -> Report:

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 from cfg_parallel.errors import ConfigurationError
 
 # What Pillow raises for a file that is cut short or damaged; it depends on the format's plugin.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -28,7 +28,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            return to_rgb(ImageOps.exif_transpose(opened))
     except ConfigurationError:
         raise
     except PermissionError as error:
@@ -37,13 +37,13 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ConfigurationError(
             f"{path} is no picture that Pillow can read ({path.stat().st_size} bytes): convert it to PNG or JPEG."
         ) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ConfigurationError(
             f"the image {path} is damaged or cut short ({error}): copy or export it again."
         ) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bit(np.asarray(image), image.mode)).convert("RGB")
     if image.mode == "LAB":  # the one mode that convert() leaves to a colour profile

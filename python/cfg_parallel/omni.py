@@ -17,7 +17,7 @@ import itertools
 import threading
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -170,39 +170,61 @@ class Omni:
         )
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: OmniDiffusionSamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+        *,
+        on_step: Callable[[int, int], None] | None = None,
+        one_device: bool = False,
+        **call: Any,
     ) -> list[OmniRequestOutput]:
         """An output for each prompt, in their order; each is what it would be alone, with the same parameters.
 
         A prompt is a string, or a mapping with `prompt` and, as the pipeline takes them, `negative_prompt` and
-        `multi_modal_data`: {"image": a picture or a list of them, "mask_image": ...}. Raises ConfigurationError for
-        what the pipeline does not take."""
+        `multi_modal_data`: {"image": a picture or a list of them, "mask_image": ...}. `on_step(step, steps)` is called
+        after each denoising step, and may end the generation by raising. `one_device` is plain diffusers on the first
+        device, to compare with. `call`: further arguments of the pipeline, such as callback_on_step_end. Raises
+        ConfigurationError for what the pipeline does not take."""
         several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        calls = [self._call(prompt, sampling_params or OmniDiffusionSamplingParams()) for prompt in several]
+        calls = [self._call(prompt, sampling_params or OmniDiffusionSamplingParams(), call) for prompt in several]
         with self._lock:
             if self._handle is None:
                 raise ConfigurationError("The engine is closed; make another Omni(...).")
-            return [self._generate(call) for call in calls]
+            return [self._generate(each, on_step, one_device) for each in calls]
 
-    def _generate(self, call: dict[str, Any]) -> OmniRequestOutput:
+    @property
+    def handle(self) -> CfgParallel:
+        """What `enable_cfg_parallel` gave: the report and the followers."""
+        if self._handle is None:
+            raise ConfigurationError("The engine is closed; make another Omni(...).")
+        return self._handle
+
+    def _generate(
+        self, call: dict[str, Any], on_step: Callable[[int, int], None] | None, one_device: bool
+    ) -> OmniRequestOutput:
         from cfg_parallel.enable import Leading
 
-        assert self._handle is not None
-        with stopwatch(self.pipe, self._device) as clock:
-            output = self.pipe(**call)
+        run = self.handle.call_alone if one_device else self.pipe
+        with stopwatch(self.pipe, self._device, on_step) as clock:
+            output = run(**call)
         images = getattr(output, "images", getattr(output, "frames", None))
         if images is None:
             raise ConfigurationError(f"{type(self.pipe).__name__} makes neither pictures nor videos; use its own call.")
-        metrics = {"seconds": clock.end - clock.start, "denoising_seconds": clock.denoised - clock.begun}
-        if isinstance(self._handle, Leading):
+        metrics: dict[str, Any] = {
+            "seconds": clock.end - clock.start,
+            "denoising_seconds": clock.denoised - clock.begun,
+        }
+        if one_device:
+            metrics |= {"devices": [self._device], "steps": clock.steps, "parallel_steps": 0}
+        elif isinstance(self._handle, Leading):
             report = self._handle.report
             metrics |= {name: getattr(report, name) for name in ("steps", "parallel_steps", "devices", "why")}
         request_id = f"{next(self._ids)}-{uuid.uuid4().hex[:8]}"
         return OmniRequestOutput(request_id, call["prompt"], list(images), metrics)
 
-    def _call(self, prompt: Prompt, params: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    def _call(self, prompt: Prompt, params: OmniDiffusionSamplingParams, further: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the pipeline's own call."""
-        call: dict[str, Any] = {}
+        call: dict[str, Any] = {self._name_of(name): value for name, value in further.items()}
         request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         if not isinstance(request.get("prompt"), str):
             raise ConfigurationError(

@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,15 @@ from cfg_parallel.timesteps import know
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A process that holds replicas. `lost`: why it does not take part, if it does not."""
+
+    device: str
+    pid: int | None
+    lost: str | None
 
 
 class CfgParallel:
@@ -96,6 +106,17 @@ class CfgParallel:
         """Whether every follower serves. Lost ones are replaced; what is being started, or has to be started again, is
         waited for, for `timeout` seconds."""
         return True
+
+    def call_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call, on its own device, as if it were not enabled: plain diffusers, to compare with."""
+        self._check_process()
+        with self._lock:
+            return self._class.__call__(self._pipe(), *args, **kwargs)  # type: ignore[operator]
+
+    @property
+    def followers(self) -> list[Follower]:
+        """The processes that take part, as they are now."""
+        return []
 
     def disable(self) -> None:
         """Give the pipeline back as it was, and end the followers. May be called twice."""

@@ -136,11 +136,12 @@ def call_arguments(pipeline_class: type, args: argparse.Namespace, images: list[
                 f"{name} takes no {key}: use another model, or leave --{key.replace('_', '-')} out."
             )
 
-    if images and "image" not in parameters:
+    takes, needs, several = pictures_of(pipeline_class)
+    if images and not takes:
         raise ConfigurationError(f"{name} takes no picture: leave --image out, or use an image-editing model.")
-    if not images and "image" in parameters and name not in _IMAGE_OPTIONAL:
+    if not images and needs:
         raise ConfigurationError(f"{name} needs a picture: add --image FILE.")
-    if len(images) > 1 and name not in _SEVERAL_IMAGES:
+    if len(images) > 1 and not several:
         raise ConfigurationError(
             f"{name} takes one picture, but {len(images)} are given: keep one --image, or use a model that takes "
             "several, such as Qwen-Image-Edit-2509."
@@ -161,6 +162,13 @@ def call_arguments(pipeline_class: type, args: argparse.Namespace, images: list[
             f"{name} needs {needed[0]}, which `edit` has no flag for: use enable_cfg_parallel in Python."
         )
     return call
+
+
+def pictures_of(pipeline_class: type) -> tuple[bool, bool, bool]:
+    """Whether the pipeline takes a picture, needs one, and conditions on several."""
+    name = pipeline_class.__name__
+    takes = "image" in inspect.signature(pipeline_class.__call__).parameters  # type: ignore[operator]
+    return takes, takes and name not in _IMAGE_OPTIONAL, name in _SEVERAL_IMAGES
 
 
 def choose_devices(size: int, devices: list[str] | None, transport: str) -> list[str]:

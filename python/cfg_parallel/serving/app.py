@@ -1,0 +1,481 @@
+"""The routes: OpenAI's pictures and chat, the models, health, metrics, and the web page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import re
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Send
+
+from cfg_parallel import __version__
+from cfg_parallel.serving import pictures
+from cfg_parallel.serving.dispatcher import Dispatcher, Done, Event, Job, Partial, Step
+from cfg_parallel.serving.observability import Metrics, tell
+from cfg_parallel.serving.replica import Replica
+from cfg_parallel.serving.schemas import CHAT_FIELDS_WITHOUT_USE, ApiError, Chat, Generation, error_of
+from cfg_parallel.serving.settings import Settings
+from cfg_parallel.serving.work import Facts, Picture, Work
+
+_PAGE = Path(__file__).parent / "page"
+_GONE = 0.2  # seconds between two looks whether the client is still there
+_PING = 5.0  # seconds without an event of a stream
+_MOST_IMAGES = 16  # in a request
+
+Kind = Literal["image_generation", "image_edit"]
+
+
+class Server:
+    """One FastAPI application, its replicas and its queue."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.replicas = [Replica(settings, number, tell) for number in range(settings.replicas)]
+        self.dispatcher = Dispatcher(self.replicas, settings.max_queue, self._made)
+        self.created = int(time.time())
+        self.app = FastAPI(
+            title="cfg-parallel", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
+        )
+        self._add_routes()
+        self.app.add_exception_handler(ApiError, self._on_api_error)  # type: ignore[arg-type]
+        self.app.add_exception_handler(RequestValidationError, self._on_invalid)  # type: ignore[arg-type]
+        self.app.add_exception_handler(HTTPException, self._on_http_error)  # type: ignore[arg-type]
+        self.app.add_exception_handler(Exception, self._on_error)
+        self.app.add_middleware(_Gate, server=self)  # type: ignore[arg-type]
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        for replica in self.replicas:
+            replica.start()
+        self.dispatcher.start()
+        try:
+            yield
+        finally:
+            await self.dispatcher.close()
+
+    @property
+    def facts(self) -> Facts:
+        for replica in self.replicas:
+            if replica.facts is not None:
+                return replica.facts
+        raise ApiError(503, "The model is being loaded; see /health.", "server_error", code="not_ready", retry_after=5)
+
+    # Routes.
+
+    def _add_routes(self) -> None:
+        add = self.app.add_api_route
+        add("/v1/images/generations", self.generations, methods=["POST"], response_model=None)
+        add("/v1/images/edits", self.edits, methods=["POST"], response_model=None)
+        add("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        add("/v1/models", self.models, methods=["GET"])
+        add("/v1/models/{name:path}", self.model, methods=["GET"])
+        add("/health", self.health, methods=["GET"], response_model=None)
+        add("/metrics", self.show_metrics, methods=["GET"], response_model=None)
+        add("/", self.page, methods=["GET"], response_model=None)
+        add("/page/{name}", self.page, methods=["GET"], response_model=None)
+
+    async def generations(self, request: Request, body: Generation) -> Response:
+        return await self._answer(request, "image_generation", body, [], None)
+
+    async def edits(self, request: Request) -> Response:
+        """Multipart: image (or image[]) once or several times, perhaps mask, and the fields of a generation."""
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise ApiError(400, "Expected multipart/form-data with an image and a prompt.", code="invalid_content_type")
+        form = await request.form(max_files=_MOST_IMAGES + 1, max_fields=100)
+        fields: dict[str, Any] = {}
+        files: dict[str, list[UploadFile]] = {"image": [], "mask": []}
+        for name, value in form.multi_items():
+            name = name.removesuffix("[]")
+            if name in files:
+                if not isinstance(value, UploadFile):
+                    raise ApiError(400, f"{name}: expected a file, but got text.", param=name, code="invalid_image")
+                files[name].append(value)
+            elif isinstance(value, UploadFile):
+                raise ApiError(400, f"{name}: expected text, but got a file.", param=name, code="invalid_value")
+            elif value != "":
+                fields[name] = value
+        body = _valid(Generation, fields)
+        if not files["image"]:
+            raise ApiError(400, "image: expected at least one picture.", param="image", code="missing_image")
+        if len(files["mask"]) > 1:
+            raise ApiError(400, "mask: expected one picture, but got several.", param="mask", code="invalid_value")
+        limit = self.settings.max_input_pixels
+        images = [await asyncio.to_thread(pictures.read, await file.read(), limit, "image") for file in files["image"]]
+        mask = None
+        if files["mask"]:
+            mask = await asyncio.to_thread(pictures.read_mask, await files["mask"][0].read(), limit)
+        return await self._answer(request, "image_edit", body, images, mask)
+
+    async def chat(self, request: Request, body: Chat) -> Response:
+        """A picture for the last user message, from its text and its image_url parts."""
+        message = next((message for message in reversed(body.messages) if message.role == "user"), None)
+        if message is None or not message.content:
+            raise ApiError(
+                400, "messages: there is no user message with content.", param="messages", code="missing_prompt"
+            )
+        if body.stream:
+            raise ApiError(
+                400,
+                "stream: a chat is answered in one piece; /v1/images has progress.",
+                param="stream",
+                code="invalid_value",
+            )
+        parts = [{"type": "text", "text": message.content}] if isinstance(message.content, str) else message.content
+        texts, images = [], []
+        for part in parts:
+            if part.get("type") == "text" and isinstance(part.get("text"), str):
+                texts.append(part["text"])
+            elif part.get("type") == "image_url":
+                at = part.get("image_url")
+                url = at.get("url") if isinstance(at, dict) else at
+                if not isinstance(url, str):
+                    raise ApiError(400, "image_url: expected a url.", param="messages", code="invalid_image_url")
+                images.append(await asyncio.to_thread(self._fetch, url))
+            else:
+                raise ApiError(
+                    400, "messages: expected parts of type text or image_url.", param="messages", code="invalid_value"
+                )
+        given = {**(body.model_extra or {}), **body.extra_body}
+        fields = {name: value for name, value in given.items() if name not in CHAT_FIELDS_WITHOUT_USE}
+        asked = _valid(Generation, {**fields, "prompt": "\n".join(texts), "model": body.model})
+        if asked.stream:
+            raise ApiError(400, "stream: a chat is answered in one piece.", param="stream", code="invalid_value")
+        job = self._submit(request, asked, images, None)
+        done = await self._wait(request, job)
+        content = [
+            {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/{asked.output_format};base64,{await self._encode(picture, asked)}"},
+            }
+            for picture in done.pictures
+        ]
+        choice: dict[str, Any] = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": content},
+        }
+        answer: dict[str, Any] = {
+            "id": f"chatcmpl-{job.work.id}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.settings.name,
+            "choices": [choice],
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        }
+        return JSONResponse(answer | self._extras(job, done))
+
+    def _fetch(self, url: str) -> Any:
+        most = int(self.settings.max_request_mb * 2**20)
+        data = pictures.fetch(url, self.settings.allow_remote_images, most, "image_url")
+        return pictures.read(data, self.settings.max_input_pixels, "image_url")
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._model()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        facts = next((replica.facts for replica in self.replicas if replica.facts is not None), None)
+        shown = {} if facts is None else {"pipeline": vars(facts)}
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "cfg-parallel",
+        } | shown
+
+    async def health(self) -> JSONResponse:
+        """200 while a picture can be made: "ok", or "degraded" where a follower or a replica is lost. Else 503."""
+        replicas = [replica.health for replica in self.replicas]
+        states = [replica["state"] for replica in replicas]
+        if self.dispatcher.stopping:
+            status = "stopping"
+        elif not any(replica.serves for replica in self.replicas):
+            status = "failed" if all(state == "failed" for state in states) else "starting"
+        else:
+            status = "ok" if all(state == "ready" for state in states) else "degraded"
+        shown = {"status": status, "model": self.settings.name, "version": __version__, "replicas": replicas}
+        shown |= {"waiting": self.dispatcher.waiting, "running": self.dispatcher.running}
+        return JSONResponse(shown, 200 if status in ("ok", "degraded") else 503)
+
+    async def show_metrics(self) -> Response:
+        states = [replica.health["state"] for replica in self.replicas]
+        restarts = sum(replica.follower_restarts for replica in self.replicas)
+        self.metrics.observe(self.dispatcher.waiting, self.dispatcher.running, states, restarts)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def page(self, name: str = "index.html") -> Response:
+        if not re.fullmatch(r"[a-z]+\.(html|js|css)", name) or not (_PAGE / name).is_file():
+            raise ApiError(404, f"There is no page {name!r}.", code="not_found")
+        return FileResponse(_PAGE / name, headers={"Cache-Control": "no-cache"})
+
+    # A request.
+
+    async def _answer(self, request: Request, kind: Kind, asked: Generation, images: list[Any], mask: Any) -> Response:
+        job = self._submit(request, asked, images, mask)
+        if asked.stream:
+            return StreamingResponse(
+                self._stream(kind, asked, job), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            )
+        done = await self._wait(request, job)
+        data = [{"b64_json": await self._encode(picture, asked)} for picture in done.pictures]
+        answer: dict[str, Any] = {"created": int(time.time()), "data": data, **self._shape(done.pictures[0], asked)}
+        return JSONResponse(answer | self._extras(job, done))
+
+    async def _stream(self, kind: Kind, asked: Generation, job: Job) -> AsyncIterator[bytes]:
+        """Server-sent events: KIND.progress after a step, KIND.partial_image, and KIND.completed for each picture."""
+        event: Event | None = None
+        try:
+            while not isinstance(event, Done):
+                event = await job.next(_PING)
+                now: dict[str, Any] = {"created_at": int(time.time())}
+                if event is None:
+                    yield b": waiting\n\n"  # by which a client that has gone is noticed
+                    continue
+                if isinstance(event, Step):
+                    yield _event(f"{kind}.progress", now | {"step": event.step, "steps": event.steps})
+                    continue
+                for picture in event.pictures:
+                    what = now | {"b64_json": await self._encode(picture, asked)} | self._shape(picture, asked)
+                    if isinstance(event, Partial):
+                        yield _event(f"{kind}.partial_image", what | {"partial_image_index": event.index})
+                    else:
+                        yield _event(f"{kind}.completed", what | self._extras(job, event))
+        except ApiError as error:
+            yield _event("error", error.body)
+        finally:
+            self._leave(job)
+        yield b"data: [DONE]\n\n"
+
+    async def _wait(self, request: Request, job: Job) -> Done:
+        """Until the picture is there, or the client has gone."""
+
+        try:
+            while True:
+                event = await job.next(_GONE)
+                if isinstance(event, Done):
+                    return event
+                if await request.is_disconnected():
+                    raise ApiError(499, "The client has gone.", code="cancelled")
+        finally:
+            self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        """Nobody listens to the job any more."""
+        if not job.over.is_set():
+            self.dispatcher.cancel(job)
+            tell("client gone", request_id=job.work.id)
+
+    def _submit(self, request: Request, asked: Generation, images: list[Any], mask: Any) -> Job:
+        self._check(asked, images, mask)
+        seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+        prompt: dict[str, Any] = {"prompt": asked.prompt}
+        if asked.negative_prompt is not None:
+            prompt["negative_prompt"] = asked.negative_prompt
+        data: dict[str, Any] = {}
+        if images:
+            data["image"] = images[0] if len(images) == 1 else images
+        if mask is not None:
+            data["mask_image"] = mask
+        if data:
+            prompt["multi_modal_data"] = data
+        names = ["true_cfg_scale", "guidance_scale", "num_inference_steps", "height", "width", "strength"]
+        params = {name: value for name in names if (value := getattr(asked, name)) is not None}
+        params["seed"] = seed
+        if asked.n > 1:
+            params["num_outputs_per_prompt"] = asked.n
+        job = Job(Work(request.state.request_id, prompt, params, asked.partial_images, asked.compare))
+        self.dispatcher.submit(job)
+        shown: dict[str, Any] = (
+            {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt} if self.settings.log_prompts else {}
+        )
+        tell("queued", request_id=job.work.id, waiting=self.dispatcher.waiting, n=asked.n, **params, **shown)
+        return job
+
+    def _check(self, asked: Generation, images: list[Any], mask: Any) -> None:
+        """What can be known before the queue."""
+        facts, most = self.facts, self.settings
+        if asked.model is not None:
+            self._check_model(asked.model)
+        if asked.n > most.max_outputs:
+            raise _too_large("n", asked.n, most.max_outputs, "pictures")
+        if asked.num_inference_steps is not None and asked.num_inference_steps > most.max_steps:
+            raise _too_large("num_inference_steps", asked.num_inference_steps, most.max_steps, "steps")
+        if asked.height is not None and asked.width is not None:
+            if asked.height * asked.width > most.max_pixels:
+                raise _too_large("size", asked.height * asked.width, most.max_pixels, "pixels")
+            if asked.height % 8 or asked.width % 8:
+                raise ApiError(400, "size: expected multiples of 8.", param="size", code="invalid_value")
+        if images and not facts.takes_image:
+            raise ApiError(400, f"{facts.pipeline} takes no picture; use /v1/images/generations.", param="image")
+        if facts.needs_image and not images:
+            raise ApiError(
+                400, f"{facts.pipeline} needs a picture; use /v1/images/edits.", param="image", code="missing_image"
+            )
+        if len(images) > 1 and not facts.several_images:
+            raise ApiError(400, f"{facts.pipeline} takes one picture, but got {len(images)}.", param="image")
+        if len(images) > _MOST_IMAGES:
+            raise _too_large("image", len(images), _MOST_IMAGES, "pictures")
+        if mask is not None and not facts.takes_mask:
+            raise ApiError(400, f"{facts.pipeline} takes no mask.", param="mask")
+        if asked.negative_prompt is not None and not facts.takes_negative_prompt:
+            raise ApiError(400, f"{facts.pipeline} takes no negative_prompt.", param="negative_prompt")
+        for scale in ("true_cfg_scale", "guidance_scale"):
+            if getattr(asked, scale) is not None and scale not in facts.scales:
+                takes = " and ".join(facts.scales) or "no guidance scale"
+                raise ApiError(400, f"{facts.pipeline} takes no {scale}; it takes {takes}.", param=scale)
+        if asked.partial_images and not facts.partial_images:
+            raise ApiError(400, f"{facts.pipeline} has no partial images.", param="partial_images")
+
+    def _check_model(self, name: str) -> None:
+        if name != self.settings.name:
+            message = f"The model {name[:100]!r} is not served here; this is {self.settings.name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    @staticmethod
+    async def _encode(picture: Picture, asked: Generation) -> str:
+        return await asyncio.to_thread(pictures.encode, picture, asked.output_format, asked.output_compression)
+
+    @staticmethod
+    def _shape(picture: Picture, asked: Generation) -> dict[str, Any]:
+        width, height = picture.size
+        return {
+            "size": f"{width}x{height}",
+            "output_format": asked.output_format,
+            "quality": asked.quality or "auto",
+            "background": "opaque",
+        }
+
+    def _extras(self, job: Job, done: Done) -> dict[str, Any]:
+        """What OpenAI's answers do not have: the seed, times and what the report says."""
+        return {
+            "request_id": job.work.id,
+            "seed": job.work.params["seed"],
+            "metrics": {"queue_seconds": job.waited, **done.metrics},
+        }
+
+    def _made(self, job: Job, done: Done) -> None:
+        self.metrics.made(done.metrics, len(done.pictures), job.waited)
+        tell("made", request_id=job.work.id, queue_seconds=round(job.waited, 4), **done.metrics)
+
+    # Errors.
+
+    async def _on_api_error(self, request: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status_code, error.headers)
+
+    async def _on_invalid(self, request: Request, error: RequestValidationError) -> JSONResponse:
+        return await self._on_api_error(request, error_of(list(error.errors())))
+
+    async def _on_http_error(self, request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        message = f"{request.method} {request.url.path}: {error.detail}."
+        answer = await self._on_api_error(request, ApiError(error.status_code, message, code=code))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def _on_error(self, request: Request, error: Exception) -> JSONResponse:
+        tell("error", "error", request_id=getattr(request.state, "request_id", None), error=repr(error))
+        return await self._on_api_error(request, ApiError(500, "The server has an error; see its log.", "server_error"))
+
+
+class _Gate:
+    """Before the routes: a request's id, the key, the size of the body; after them, a line in the log."""
+
+    def __init__(self, app: Any, server: Server) -> None:
+        self._app, self._server = app, server
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        settings, began, status = self._server.settings, time.monotonic(), 499
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = headers.get("x-request-id", "")
+        if not re.fullmatch(r"[\w.-]{1,64}", request_id):
+            request_id = f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
+        most, got = int(settings.max_request_mb * 2**20), 0
+
+        async def counted() -> Any:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > most:
+                raise _body_too_large(most)
+            return message
+
+        async def answered(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        async def refuse(error: ApiError) -> None:
+            # The rest of the body is not read, so that the connection cannot be used again.
+            headers = {**(error.headers or {}), "Connection": "close"}
+            await JSONResponse(error.body, error.status_code, headers)(scope, receive, answered)
+
+        try:
+            if scope["path"].startswith("/v1/") and settings.api_key and not _has_key(headers, settings.api_key):
+                await refuse(
+                    ApiError(401, "The API key is missing or wrong.", "authentication_error", code="invalid_api_key")
+                )
+            elif headers.get("content-length", "").isdigit() and int(headers["content-length"]) > most:
+                await refuse(_body_too_large(most))
+            else:
+                await self._app(scope, counted, answered)
+        finally:
+            seconds = time.monotonic() - began
+            self._server.metrics.requests.labels(endpoint, str(status)).inc()
+            self._server.metrics.request_seconds.labels(endpoint).observe(seconds)
+            if endpoint.startswith("/v1/"):
+                tell("answered", request_id=request_id, path=endpoint, status=status, seconds=round(seconds, 4))
+
+
+_ENDPOINTS = frozenset(
+    ["/v1/images/generations", "/v1/images/edits", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/"]
+)
+
+
+def _has_key(headers: dict[str, str], key: str) -> bool:
+    given = headers.get("authorization", "").removeprefix("Bearer ")
+    return hmac.compare_digest(given.encode(), key.encode())
+
+
+def _body_too_large(most: int) -> ApiError:
+    return ApiError(413, f"The body has more than {most} bytes.", code="request_too_large")
+
+
+def _too_large(param: str, value: int, most: int, of: str) -> ApiError:
+    return ApiError(400, f"{param}: at most {most} {of}, but got {value}.", param=param, code="too_large")
+
+
+def _valid(model: Any, fields: dict[str, Any]) -> Any:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise error_of(error.errors()) from error
+
+
+def _event(name: str, what: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps({'type': name} | what)}\n\n".encode()

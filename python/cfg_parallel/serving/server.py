@@ -1,0 +1,92 @@
+"""`cfg-parallel serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from cfg_parallel.errors import ConfigurationError
+from cfg_parallel.serving.app import Server
+from cfg_parallel.serving.observability import set_up_logs, tell
+from cfg_parallel.serving.settings import Settings
+
+_LOCAL = frozenset(["127.0.0.1", "::1", "localhost"])
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends with what runs, and refuses what waits."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._of = server
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's own, which raises the signal again at the end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _stop(self, number: signal.Signals) -> None:
+        tell("stopping", signal=number.name, running=self._of.dispatcher.running)
+        self._of.dispatcher.stop()
+        self.handle_exit(number, None)
+
+
+def serve(settings: Settings, host: str, port: int) -> int:
+    """Until SIGTERM or SIGINT; then what runs is finished. Raises ConfigurationError for a model that does not load."""
+    set_up_logs()
+    if host not in _LOCAL and settings.api_key is None:
+        tell("everybody who reaches this host may use the server; --api-key keeps others out", "warning", host=host)
+    return asyncio.run(_serve(settings, host, port))
+
+
+async def _serve(settings: Settings, host: str, port: int) -> int:
+    bound = _bind(host, port)
+    server = Server(settings)
+    config = uvicorn.Config(server.app, log_config=None, access_log=False)
+    running = _Uvicorn(config, server)
+    task = asyncio.create_task(running.serve(sockets=[bound]))
+    while not (running.started or task.done()):
+        await asyncio.sleep(0.02)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    tell("listening", address=address, model=settings.name, devices=list(settings.devices))
+    try:
+        for replica in server.replicas:
+            loading = asyncio.create_task(replica.loaded())
+            await asyncio.wait([loading, task], return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                loading.cancel()
+            elif loading.exception() is not None:
+                raise loading.exception()  # type: ignore[misc]
+        if not task.done():
+            print(f"cfg-parallel: {settings.name} is ready at {address}", flush=True)
+    except ConfigurationError:
+        running.should_exit = True
+        await task
+        raise
+    await task
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --host or --port."
+        ) from error
+    return bound

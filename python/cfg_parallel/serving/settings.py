@@ -1,0 +1,39 @@
+"""What `cfg-parallel serve` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`devices`: of all replicas, one replica after the other. `enable`: arguments of `enable_cfg_parallel`.
+
+    Limits: `max_queue` requests wait at once, the rest are told to come back; `max_steps`; `max_pixels` of a result and
+    `max_input_pixels` of a picture that is sent; `max_outputs` of a request; `max_request_mb` of its body."""
+
+    model: str
+    devices: tuple[str, ...]
+    replicas: int = 1
+    dtype: str = "auto"
+    enable: tuple[tuple[str, Any], ...] = ()
+    served_model_name: str | None = None
+    api_key: str | None = None
+    max_queue: int = 32
+    max_steps: int = 200
+    max_pixels: int = 2048 * 2048
+    max_input_pixels: int = 50_000_000
+    max_outputs: int = 4
+    max_request_mb: float = 64.0
+    allow_remote_images: bool = False
+    log_prompts: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the model, for clients."""
+        return self.served_model_name or self.model
+
+    def devices_of(self, replica: int) -> tuple[str, ...]:
+        size = len(self.devices) // self.replicas
+        return self.devices[replica * size : (replica + 1) * size]

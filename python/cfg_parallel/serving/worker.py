@@ -1,0 +1,204 @@
+"""The process of a replica: an engine that serves one request after the other, and says what it is at."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from cfg_parallel.errors import CfgParallelError, ConfigurationError
+from cfg_parallel.serving.work import Facts, Picture, Work
+
+if TYPE_CHECKING:
+    from cfg_parallel.omni import Omni
+    from cfg_parallel.serving.settings import Settings
+
+_LOOK = 0.5  # seconds between two looks at the followers of an engine that has nothing to do
+
+
+class Cancelled(Exception):
+    """Nobody waits for the picture any more."""
+
+
+class Worker:
+    def __init__(self, connection: Connection, engine: Omni) -> None:
+        self.engine = engine
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._waiting: queue.Queue[Work] = queue.Queue()
+        self._cancelled: set[str] = set()
+        self._followers: Any = None
+        self._pids: set[int] = set()
+        self._restarts = 0
+
+    def send(self, *message: Any) -> None:
+        with self._sending:
+            self._connection.send(message)
+
+    def serve(self) -> None:
+        threading.Thread(target=self._listen, name="cfg-parallel-listen", daemon=True).start()
+        while True:
+            self._look_at_followers()
+            try:
+                work = self._waiting.get(timeout=_LOOK)
+            except queue.Empty:
+                continue
+            self._run(work)
+            self._cancelled.discard(work.id)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                kind, what = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the server is gone; followers end with this process
+            if kind == "work":
+                self._waiting.put(what)
+            else:
+                self._cancelled.add(what)
+
+    def _look_at_followers(self) -> None:
+        """Lost ones are replaced also while nobody asks for a picture."""
+        handle = self.engine.handle
+        handle.wait_until_ready(0)
+        followers = handle.followers
+        pids = {follower.pid for follower in followers if follower.pid is not None and follower.lost is None}
+        self._restarts += len(pids - self._pids) if self._pids else 0
+        self._pids |= pids
+        if followers != self._followers:
+            self._followers = followers
+            self.send("followers", followers, self._restarts)
+
+    def _run(self, work: Work) -> None:
+        begun = False
+
+        def on_step(step: int, steps: int) -> None:
+            nonlocal begun
+            begun = True
+            if work.id in self._cancelled:
+                raise Cancelled
+            self.send("step", work.id, step, steps)
+
+        try:
+            if work.id in self._cancelled:
+                raise Cancelled
+            pictures, metrics = self._generate(work, on_step)
+        except Cancelled:
+            self.send("failed", work.id, "cancelled", "the client has gone")
+        except ConfigurationError as error:
+            self.send("failed", work.id, "refused", str(error))
+        except Exception as error:
+            # Before the first step it is what the pipeline says to arguments that it does not take.
+            refused = isinstance(error, (ValueError, TypeError)) and not begun
+            if not refused:
+                traceback.print_exc()
+            text = " ".join(str(error).split())
+            self.send("failed", work.id, "refused" if refused else "error", text if refused else _named(error))
+        else:
+            self.send("done", work.id, pictures, metrics)
+
+    def _generate(self, work: Work, on_step: Any) -> tuple[list[Picture], dict[str, Any]]:
+        import numpy as np
+
+        from cfg_parallel.omni import OmniDiffusionSamplingParams
+        from cfg_parallel.serving.preview import previews
+
+        def show(index: int, images: list[Any]) -> None:
+            self.send("partial", work.id, index, [Picture.of(image) for image in images])
+
+        params = OmniDiffusionSamplingParams(**work.params)
+        showing: Any = contextlib.nullcontext({})
+        if work.partial_images:
+            showing = previews(self.engine.pipe, work.partial_images, show)
+        with showing as call:
+            (output,) = self.engine.generate(work.prompt, params, on_step=on_step, **call)
+        metrics = output.metrics
+        if work.compare:
+            (alone,) = self.engine.generate(work.prompt, params, on_step=on_step, one_device=True)
+            equal = all(np.array_equal(a, b) for a, b in zip(output.images, alone.images, strict=True))
+            metrics["one_device"] = {"seconds": alone.metrics["seconds"], "equal": equal}
+        return [Picture.of(image.convert("RGB")) for image in output.images], metrics
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def load(settings: Settings, replica: int) -> Omni:
+    """The engine of a replica. Raises ConfigurationError for what cannot be served."""
+    from cfg_parallel.omni import DiffusionParallelConfig, Omni
+
+    devices = settings.devices_of(replica)
+    engine = Omni(
+        settings.model,
+        parallel_config=DiffusionParallelConfig(cfg_parallel_size=len(devices)),
+        devices=list(devices),
+        dtype=settings.dtype,
+        **dict(settings.enable),
+    )
+    engine.pipe.set_progress_bar_config(disable=True)
+    return engine
+
+
+def facts_of(engine: Omni) -> Facts:
+    import inspect
+
+    from cfg_parallel.preflight import pictures_of
+    from cfg_parallel.serving.preview import can_preview
+
+    parameters = inspect.signature(engine.pipe.__call__).parameters
+    name = type(engine.pipe).__name__
+    if "num_frames" in parameters:
+        raise ConfigurationError(f"{name} makes videos, and the server serves pictures; use Omni in Python.")
+    takes, needs, several = pictures_of(type(engine.pipe))
+    return Facts(
+        pipeline=name,
+        takes_image=takes,
+        needs_image=needs,
+        several_images=several,
+        takes_mask="mask_image" in parameters,
+        takes_negative_prompt="negative_prompt" in parameters,
+        scales=tuple(scale for scale in ("true_cfg_scale", "guidance_scale") if scale in parameters),
+        partial_images=can_preview(engine.pipe),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A replica of `cfg-parallel serve`. Started by it, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the server")
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server says when it is over, by closing the socket
+    connection = Connection(options.fd)
+    settings, replica = connection.recv()
+    try:
+        engine = load(settings, replica)
+        worker = Worker(connection, engine)
+        facts = facts_of(engine)
+    except Exception as error:
+        if not isinstance(error, CfgParallelError):
+            traceback.print_exc()
+        message = " ".join(str(error).split()) if isinstance(error, CfgParallelError) else _named(error)
+        connection.send(("unusable", message))
+        sys.stderr.flush()
+        os._exit(1)
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        worker.send("warning", " ".join(str(message).split()))
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", UserWarning)  # each request has its own
+    worker.send("ready", facts)
+    worker.serve()
+
+
+if __name__ == "__main__":
+    main()
