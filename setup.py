@@ -112,7 +112,7 @@ setup(
     # `triton_kernels` is another project's name on PyPI.
     package_dir={"": "python", "cfg_parallel.triton_kernels": "triton_kernels"},
     packages=[*find_packages("python"), "cfg_parallel.triton_kernels"],
-    package_data={"cfg_parallel": ["py.typed", "*.pyi", "*.json"]},
+    package_data={"cfg_parallel": ["py.typed", "*.pyi", "*.json"], "cfg_parallel.serving": ["page/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildWithCMake},
 )

@@ -101,6 +101,47 @@ def test_a_string_has_no_negative_prompt(engine: Omni) -> None:
     assert output.metrics["parallel_steps"] == 0
 
 
+def test_steps_are_told_and_can_end_the_generation(engine: Omni, qwen: str) -> None:
+    told: list[tuple[int, int]] = []
+    (output,) = engine.generate(CAT, params(), on_step=lambda step, steps: told.append((step, steps)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+    def enough(step: int, steps: int) -> None:
+        if step == 2:
+            raise StopIteration("enough")
+
+    with pytest.raises(StopIteration, match="enough"):
+        engine.generate(CAT, params(), on_step=enough)
+    (again,) = engine.generate(CAT, params())
+    assert same(again.images[0], output.images[0]) and again.metrics["parallel_steps"] == 3
+    assert not any(follower.lost for follower in engine.handle.followers)
+
+
+def test_one_device_to_compare_with(engine: Omni) -> None:
+    (two,) = engine.generate(CAT, params())
+    (one,) = engine.generate(CAT, params(), one_device=True)
+    assert same(one.images[0], two.images[0])
+    assert one.metrics["devices"] == ["cpu"] and one.metrics["steps"] == 3 and one.metrics["parallel_steps"] == 0
+    assert 0 < one.metrics["denoising_seconds"] < one.metrics["seconds"]
+
+
+def test_a_pipeline_that_is_there_already_and_further_arguments(qwen: str) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(qwen)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[int] = []
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return {}
+
+    with Omni(pipe, **TWO) as mine:
+        assert mine.pipe is pipe
+        (output,) = mine.generate(CAT, params(), callback_on_step_end=on_step_end)
+        with pytest.raises(ConfigurationError, match="takes no eta_of_nothing"):
+            mine.generate(CAT, params(), eta_of_nothing=1)
+    assert seen == [0, 1, 2] and output.metrics["parallel_steps"] == 3
+
+
 def test_the_code_of_the_guide() -> None:
     """An image edited, as written for vLLM-Omni but for the import, the steps and the devices."""
     photo = picture(0, 48, 48)

@@ -98,7 +98,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=_path, metavar="MODEL", help="a folder with a model_index.json, or a Hugging Face id")
+    add(
+        "model",
+        type=_path,
+        metavar="MODEL",
+        help="a folder with a model_index.json, a Hugging Face id, or module:function, which is called with a device "
+        "and returns a pipeline (with its LoRAs, quantized, ...)",
+    )
     add("--host", default="127.0.0.1", help="default: %(default)s, which others cannot reach")
     add("--port", type=_port, default=8091, help="0 takes a free one (default: %(default)s)")
     add(
@@ -147,8 +153,8 @@ def _serve(args: argparse.Namespace) -> int:
     if (missing := _missing_for_serve()) is not None:
         raise ConfigurationError(f"`serve` needs {missing}: pip install 'cfg-parallel[serve]'.")
     from cfg_parallel.preflight import choose_devices, fetch_model_index, find_pipeline_class, read_model_index
-    from cfg_parallel.serving.server import serve
-    from cfg_parallel.serving.settings import Settings
+    from cfg_parallel.serving.server import bind, serve
+    from cfg_parallel.serving.settings import Settings, check_factory, is_factory
 
     size = args.cfg_parallel_size or (len(args.devices) // args.replicas if args.devices else 2)
     if args.devices is not None and len(args.devices) != size * args.replicas:
@@ -156,9 +162,15 @@ def _serve(args: argparse.Namespace) -> int:
             f"--devices names {len(args.devices)}, and {args.replicas} x {size} are needed (--replicas and "
             "--cfg-parallel-size): make them agree."
         )
-    index = read_model_index(args.model)
+    index = None
+    if is_factory(args.model):
+        check_factory(args.model)
+    else:
+        index = read_model_index(args.model)
+    bound = bind(args.host, args.port)
     devices = choose_devices(size * args.replicas, args.devices, args.transport)
-    find_pipeline_class(args.model, index or fetch_model_index(args.model))
+    if not is_factory(args.model):
+        find_pipeline_class(args.model, index or fetch_model_index(args.model))
     enable = {
         "transport": args.transport,
         "cuda_graphs": {"auto": "auto", "on": True, "off": False}[args.cuda_graphs],
@@ -180,7 +192,7 @@ def _serve(args: argparse.Namespace) -> int:
         allow_remote_images=args.allow_remote_images,
         log_prompts=args.log_prompts,
     )
-    return serve(settings, args.host, args.port)
+    return serve(settings, bound)
 
 
 def _missing_for_serve() -> str | None:

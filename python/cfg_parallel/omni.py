@@ -28,6 +28,7 @@ from cfg_parallel.stopwatch import stopwatch
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
 
     from cfg_parallel.patch import CfgParallel
 
@@ -118,7 +119,7 @@ class Omni:
     """A pipeline that is loaded and enabled, until `close` or the end of its `with` block.
 
     Args:
-        model: a folder in the diffusers format, or an id of the Hugging Face hub.
+        model: a folder in the diffusers format, an id of the Hugging Face hub, or a pipeline that is there already.
         parallel_config: how many devices share the work.
         devices: such as ["cuda:0", "cuda:1"] or ["cpu", "cpu"]. Default: GPUs; where there are none, CPU processes.
         dtype: the name of a dtype; "auto" is bfloat16 on GPUs and float32 on CPUs.
@@ -129,7 +130,7 @@ class Omni:
 
     def __init__(
         self,
-        model: str,
+        model: str | DiffusionPipeline,
         *,
         parallel_config: DiffusionParallelConfig | None = None,
         devices: Sequence[str] | None = None,
@@ -144,8 +145,12 @@ class Omni:
         check_numbers(config.cfg_parallel_size, devices, enable.get("follower_timeout", 1.0))
         self._lock = threading.Lock()
         self._ids = itertools.count()
-        index = read_model_index(model) or fetch_model_index(model)
-        self._parameters = inspect.signature(find_pipeline_class(model, index).__call__).parameters  # type: ignore[operator]
+        if isinstance(model, str):
+            index = read_model_index(model) or fetch_model_index(model)
+            pipeline_class: Any = find_pipeline_class(model, index)
+        else:
+            pipeline_class = type(model)
+        self._parameters = inspect.signature(pipeline_class.__call__).parameters
         if spmd.rank() is None:
             if config.inside_a_forward > 1:
                 count = config.cfg_parallel_size * config.inside_a_forward
@@ -159,7 +164,10 @@ class Omni:
         if chosen[0] == "cpu":
             share_cpu_threads(chosen)
         self._device = chosen[0]
-        self.pipe = load_pipeline(model, dtype, self._device)
+        self.pipe: Any = model
+        if isinstance(model, str):
+            self.pipe = load_pipeline(model, dtype, self._device)
+        self.pipe.to(self._device)
         if config.inside_a_forward > 1:
             _share_forwards(self.pipe, config)
         self._handle: CfgParallel | None = enable_cfg_parallel(

@@ -109,7 +109,7 @@ class Server:
             elif isinstance(value, UploadFile):
                 raise ApiError(400, f"{name}: expected text, but got a file.", param=name, code="invalid_value")
             elif value != "":
-                fields[name] = value
+                fields[name] = value.replace("\r\n", "\n")  # which browsers make of a line's end
         body = _valid(Generation, fields)
         if not files["image"]:
             raise ApiError(400, "image: expected at least one picture.", param="image", code="missing_image")
@@ -212,7 +212,12 @@ class Server:
             status = "failed" if all(state == "failed" for state in states) else "starting"
         else:
             status = "ok" if all(state == "ready" for state in states) else "degraded"
-        shown = {"status": status, "model": self.settings.name, "version": __version__, "replicas": replicas}
+        shown: dict[str, Any] = {
+            "status": status,
+            "model": self.settings.name,
+            "version": __version__,
+            "replicas": replicas,
+        }
         shown |= {"waiting": self.dispatcher.waiting, "running": self.dispatcher.running}
         return JSONResponse(shown, 200 if status in ("ok", "degraded") else 503)
 
@@ -251,7 +256,7 @@ class Server:
                     yield b": waiting\n\n"  # by which a client that has gone is noticed
                     continue
                 if isinstance(event, Step):
-                    yield _event(f"{kind}.progress", now | {"step": event.step, "steps": event.steps})
+                    yield _event(f"{kind}.progress", now | vars(event))
                     continue
                 for picture in event.pictures:
                     what = now | {"b64_json": await self._encode(picture, asked)} | self._shape(picture, asked)
@@ -386,7 +391,7 @@ class Server:
 
     async def _on_http_error(self, request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        message = f"{request.method} {request.url.path}: {error.detail}."
+        message = f"{request.method} {request.url.path}: {error.detail.rstrip('.')}."
         answer = await self._on_api_error(request, ApiError(error.status_code, message, code=code))
         answer.headers.update(error.headers or {})
         return answer

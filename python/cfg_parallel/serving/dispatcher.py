@@ -19,8 +19,11 @@ _FIRST_GUESS = 10.0  # seconds that a picture takes, before one was made
 
 @dataclass(frozen=True)
 class Step:
+    """`steps` is None, and `step` 0, when a replica has taken the job."""
+
     step: int
-    steps: int
+    steps: int | None = None
+    one_device: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Dispatcher:
             seconds = math.ceil(self._mean * (len(self._waiting) + 1) / len(self.replicas))
             raise ApiError(
                 429,
-                f"{len(self._waiting)} requests are waiting, which is the limit; try again in {seconds} s.",
+                f"As many requests wait as may ({self.max_queue}); try again in {seconds} s.",
                 "rate_limit_error",
                 code="queue_full",
                 retry_after=seconds,
@@ -156,6 +159,7 @@ class Dispatcher:
             job = self._waiting.popleft()
             job.started = job.started or time.monotonic()
             job.tries += 1
+            job.events.put_nowait(Step(0))
             try:
                 outcome = await replica.run(job)
             except ConnectionError as error:  # its process is gone; another one is started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import struct
 import urllib.error
 import urllib.request
@@ -66,13 +67,17 @@ def _open(data: bytes, max_pixels: int, param: str) -> Image.Image:
         kinds = ", ".join(FORMATS)
         message = f"{param}: expected a picture ({kinds}), but got {len(data)} bytes of something else."
         raise ApiError(400, message, param=param, code="invalid_image") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which may be lower
+        raise _too_many_pixels(param, max_pixels) from error
     except (*DAMAGED, struct.error) as error:
         raise _broken(param, error) from error
-    width, height = opened.size
-    if width * height > max_pixels:
-        message = f"{param}: the picture has {width}x{height} pixels; at most {max_pixels} are read."
-        raise ApiError(400, message, param=param, code="image_too_large")
+    if math.prod(opened.size) > max_pixels:
+        raise _too_many_pixels(param, max_pixels)
     return opened
+
+
+def _too_many_pixels(param: str, most: int) -> ApiError:
+    return ApiError(400, f"{param}: a picture may have at most {most} pixels.", param=param, code="image_too_large")
 
 
 def _broken(param: str, error: Exception) -> ApiError:

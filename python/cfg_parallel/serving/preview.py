@@ -52,6 +52,13 @@ def decode(pipe: Any, latents: Any, size: tuple[int, int] | None) -> list[Image.
     """`size`: height and width of the picture, which packed latents do not know."""
     import torch
 
+    with torch.no_grad():
+        return _decode(pipe, latents, size)
+
+
+def _decode(pipe: Any, latents: Any, size: tuple[int, int] | None) -> list[Image.Image]:
+    import torch
+
     config = pipe.vae.config
     if latents.dim() == 3 and size is not None:
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)

@@ -72,7 +72,7 @@ class Generation(BaseModel):
     @model_validator(mode="after")
     def _size(self) -> Generation:
         if self.size is not None and self.size != "auto":
-            match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", self.size)
+            match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", self.size)
             if match is None:
                 raise ValueError(f"size: expected WIDTHxHEIGHT, such as 1024x1024, or auto, but got {self.size[:40]!r}")
             if (self.height, self.width) != (None, None):
@@ -82,6 +82,8 @@ class Generation(BaseModel):
             raise ValueError("size: give both height and width, or neither")
         if self.partial_images and not self.stream:
             raise ValueError("partial_images: pictures on the way need stream=true")
+        if self.partial_images and self.compare:
+            raise ValueError("partial_images: their decoding would count in the time that is compared; leave them out")
         return self
 
 

@@ -15,7 +15,7 @@ from cfg_parallel.serving.app import Server
 from cfg_parallel.serving.observability import set_up_logs, tell
 from cfg_parallel.serving.settings import Settings
 
-_LOCAL = frozenset(["127.0.0.1", "::1", "localhost"])
+_LOCAL = frozenset(["127.0.0.1", "::1"])
 
 
 class _Uvicorn(uvicorn.Server):
@@ -43,23 +43,24 @@ class _Uvicorn(uvicorn.Server):
         self.handle_exit(number, None)
 
 
-def serve(settings: Settings, host: str, port: int) -> int:
+def serve(settings: Settings, bound: socket.socket) -> int:
     """Until SIGTERM or SIGINT; then what runs is finished. Raises ConfigurationError for a model that does not load."""
     set_up_logs()
+    host = bound.getsockname()[0]
     if host not in _LOCAL and settings.api_key is None:
         tell("everybody who reaches this host may use the server; --api-key keeps others out", "warning", host=host)
-    return asyncio.run(_serve(settings, host, port))
+    return asyncio.run(_serve(settings, bound))
 
 
-async def _serve(settings: Settings, host: str, port: int) -> int:
-    bound = _bind(host, port)
+async def _serve(settings: Settings, bound: socket.socket) -> int:
     server = Server(settings)
     config = uvicorn.Config(server.app, log_config=None, access_log=False)
     running = _Uvicorn(config, server)
     task = asyncio.create_task(running.serve(sockets=[bound]))
     while not (running.started or task.done()):
         await asyncio.sleep(0.02)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    host, port = bound.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     tell("listening", address=address, model=settings.name, devices=list(settings.devices))
     try:
         for replica in server.replicas:
@@ -79,7 +80,8 @@ async def _serve(settings: Settings, host: str, port: int) -> int:
     return 0
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """Before anything is loaded. Raises ConfigurationError where somebody else listens already."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family)

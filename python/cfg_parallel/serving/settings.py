@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import sys
 from dataclasses import dataclass
 from typing import Any
+
+from cfg_parallel.errors import ConfigurationError
+
+
+def is_factory(model: str) -> bool:
+    """Whether the model is `module:function`, which makes a pipeline when it is called with a device."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None
+
+
+def check_factory(model: str) -> None:
+    """Raises ConfigurationError where there is no such module. It is not imported here."""
+    module = model.partition(":")[0]
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:
+        found = None
+    if found is None:
+        raise ConfigurationError(f"{model}: there is no module {module} here or in PYTHONPATH; check MODEL.")
 
 
 @dataclass(frozen=True)

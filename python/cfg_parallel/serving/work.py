@@ -4,7 +4,7 @@ To the process: ("work", Work), ("cancel", id). From it:
 
     ("ready", Facts)                          the model is loaded
     ("unusable", message)                     it cannot be, and the process ends
-    ("step", id, step, steps)                 a denoising step is done
+    ("step", id, step, steps, one_device)     a denoising step is done; of the run on one device, to compare with
     ("partial", id, index, [Picture])         the picture so far
     ("done", id, [Picture], metrics)
     ("failed", id, reason, message)           reason: "cancelled", "refused" (the request's fault) or "error"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib
 import os
 import queue
 import signal
@@ -15,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
+from cfg_parallel.serving.settings import check_factory, is_factory
 from cfg_parallel.serving.work import Facts, Picture, Work
 
 if TYPE_CHECKING:
@@ -80,12 +83,12 @@ class Worker:
     def _run(self, work: Work) -> None:
         begun = False
 
-        def on_step(step: int, steps: int) -> None:
+        def on_step(step: int, steps: int, one_device: bool = False) -> None:
             nonlocal begun
             begun = True
             if work.id in self._cancelled:
                 raise Cancelled
-            self.send("step", work.id, step, steps)
+            self.send("step", work.id, step, steps, one_device)
 
         try:
             if work.id in self._cancelled:
@@ -122,9 +125,11 @@ class Worker:
             (output,) = self.engine.generate(work.prompt, params, on_step=on_step, **call)
         metrics = output.metrics
         if work.compare:
-            (alone,) = self.engine.generate(work.prompt, params, on_step=on_step, one_device=True)
+            again = functools.partial(on_step, one_device=True)
+            (alone,) = self.engine.generate(work.prompt, params, on_step=again, one_device=True)
             equal = all(np.array_equal(a, b) for a, b in zip(output.images, alone.images, strict=True))
-            metrics["one_device"] = {"seconds": alone.metrics["seconds"], "equal": equal}
+            times = {name: alone.metrics[name] for name in ("seconds", "denoising_seconds")}
+            metrics["one_device"] = times | {"equal": equal}
         return [Picture.of(image.convert("RGB")) for image in output.images], metrics
 
 
@@ -134,11 +139,17 @@ def _named(error: BaseException) -> str:
 
 def load(settings: Settings, replica: int) -> Omni:
     """The engine of a replica. Raises ConfigurationError for what cannot be served."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from cfg_parallel.omni import DiffusionParallelConfig, Omni
 
+    if not sys.stderr.isatty():  # where each line of the log is to be one of JSON
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_progress_bar()
     devices = settings.devices_of(replica)
     engine = Omni(
-        settings.model,
+        _made_by(settings.model, devices[0]) if is_factory(settings.model) else settings.model,
         parallel_config=DiffusionParallelConfig(cfg_parallel_size=len(devices)),
         devices=list(devices),
         dtype=settings.dtype,
@@ -146,6 +157,17 @@ def load(settings: Settings, replica: int) -> Omni:
     )
     engine.pipe.set_progress_bar_config(disable=True)
     return engine
+
+
+def _made_by(factory: str, device: str) -> Any:
+    """The pipeline that a function of the user's makes."""
+    check_factory(factory)
+    module, _, function = factory.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"{factory} is no function that can be imported ({error}): check MODEL.") from error
+    return make(device)
 
 
 def facts_of(engine: Omni) -> Facts:

@@ -1,0 +1,366 @@
+"""The server as a user starts it, and OpenAI's own client: every picture is the offline one of the same seed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from cfg_parallel import Omni, OmniDiffusionSamplingParams
+from helpers_demo import demo_model
+from serving import DEVICES, Served, file_of, image_of, serving, url_of
+from tiny import TINY, picture
+
+pytestmark = pytest.mark.timeout(240)
+
+PHOTO = picture(0, 48, 48)
+FIELDS: dict[str, Any] = {"negative_prompt": "low quality", "true_cfg_scale": 4.0, "num_inference_steps": 3}
+
+
+@functools.cache
+def models(folder: Path) -> dict[str, str]:
+    """Folders of tiny pipelines: one that needs no picture, one that takes one, one that takes several."""
+    import diffusers
+
+    TINY["qwen_image"].build().save_pretrained(folder / "image")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(demo_model()))
+    diffusers.QwenImageEditPlusPipeline(**pipe.components).save_pretrained(folder / "plus")
+    return {"image": str(folder / "image"), "plus": str(folder / "plus")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@functools.cache
+def engine(model: str) -> Omni:
+    torch.set_num_threads(1)
+    omni = Omni(model, devices=["cpu"])  # plain diffusers on one device
+    omni.pipe.set_progress_bar_config(disable=True)
+    return omni
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_engines() -> Iterator[None]:
+    yield
+    for omni in _engines:
+        omni.close()
+    _engines.clear()
+    engine.cache_clear()
+
+
+_engines: list[Omni] = []
+
+
+def offline(model: str, seed: int, *images: Image.Image, size: int = 32, **params: Any) -> list[Image.Image]:
+    """What the engine gives without a server."""
+    omni = engine(model)
+    if omni not in _engines:
+        _engines.append(omni)
+    given = {"true_cfg_scale": 4.0, "num_inference_steps": 3, "height": size, "width": size, "seed": seed} | params
+    prompt: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "low quality"}
+    if images:
+        prompt["multi_modal_data"] = {"image": images[0] if len(images) == 1 else list(images)}
+    (output,) = omni.generate(prompt, OmniDiffusionSamplingParams(**given))
+    return output.images
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
+
+
+@pytest.fixture(scope="module")
+def images(folder: Path) -> Iterator[Served]:
+    with serving(models(folder)["image"], *DEVICES, "--max-queue", "4", "--omni") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def plus(folder: Path) -> Iterator[Served]:
+    with serving(models(folder)["plus"], *DEVICES) as served:
+        yield served
+
+
+def test_images_generate(images: Served, folder: Path) -> None:
+    answer = images.client().images.generate(
+        model="tiny", prompt="a cat", size="32x32", n=2, extra_body=FIELDS | {"seed": 3}
+    )
+    expected = offline(models(folder)["image"], 3, num_outputs_per_prompt=2)
+    assert answer.data is not None and len(answer.data) == 2
+    for got, wanted in zip(answer.data, expected, strict=True):
+        assert same(image_of(got.b64_json or ""), wanted)
+    extra: Any = answer.model_extra
+    assert extra["seed"] == 3 and extra["metrics"]["parallel_steps"] == extra["metrics"]["steps"] == 3
+    assert "in parallel" in extra["metrics"]["why"] and answer.size == "32x32"  # type: ignore[comparison-overlap]
+
+
+def test_a_stream_has_every_step(images: Served, folder: Path) -> None:
+    stream = images.client().images.generate(
+        prompt="a cat", size="32x32", stream=True, partial_images=2, extra_body=FIELDS | {"seed": 4}
+    )
+    events: list[Any] = list(stream)
+    kinds = [event.type.removeprefix("image_generation.") for event in events]
+    assert kinds == ["progress", "partial_image", "progress", "partial_image", "progress", "progress", "completed"]
+    steps = [(e.step, e.steps) for e in events if e.type.endswith("progress")]
+    assert steps == [(0, None), (1, 3), (2, 3), (3, 3)]
+    partial = [image_of(event.b64_json) for event in events if event.type.endswith("partial_image")]
+    final = image_of(events[-1].b64_json)
+    assert same(final, offline(models(folder)["image"], 4)[0])
+    distances = [np.abs(np.asarray(each, float) - np.asarray(final, float)).mean() for each in partial]
+    assert 0 < distances[1] < distances[0]  # on the way to the result
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_edit(plus: Served, folder: Path, count: int) -> None:
+    photos = [picture(i, 48, 48) for i in range(count)]
+    files = [file_of(photo) for photo in photos]
+    expected = offline(models(folder)["plus"], 5, *photos, size=64)[0]
+    client = plus.client()
+    asked: dict[str, Any] = {"prompt": "a cat", "size": "64x64", "extra_body": FIELDS | {"seed": 5}}
+    answer = client.images.edit(image=files if count > 1 else files[0], **asked)
+    assert same(image_of(answer.data[0].b64_json or ""), expected)  # type: ignore[index]
+    for file in files:
+        file.seek(0)
+    events: list[Any] = list(client.images.edit(image=files if count > 1 else files[0], stream=True, **asked))
+    assert [event.type for event in events] == ["image_edit.progress"] * 4 + ["image_edit.completed"]
+    assert same(image_of(events[-1].b64_json), expected)
+
+
+def test_chat(plus: Served, folder: Path) -> None:
+    content: Any = [
+        {"type": "text", "text": "a cat"},
+        {"type": "image_url", "image_url": {"url": url_of(PHOTO)}},
+    ]
+    answer = plus.client().chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": content}], extra_body=FIELDS | {"seed": 6, "size": "64x64"}
+    )
+    (part,) = answer.choices[0].message.content  # type: ignore[misc]
+    got: Any = part
+    assert same(
+        image_of(got["image_url"]["url"].partition(",")[2]), offline(models(folder)["plus"], 6, PHOTO, size=64)[0]
+    )
+    assert [model.id for model in plus.client().models.list()] == ["tiny"]
+
+
+def test_compared_with_one_device(images: Served) -> None:
+    fields = FIELDS | {"prompt": "a cat", "size": "32x32", "seed": 1, "compare": True}
+    status, answer, _ = images.post("/v1/images/generations", fields)
+    assert status == 200 and answer["metrics"]["one_device"]["equal"] is True
+    assert 0 < answer["metrics"]["one_device"]["seconds"] < 60
+
+
+def test_errors_are_openais(images: Served, plus: Served) -> None:
+    client = images.client()
+    with pytest.raises(openai.BadRequestError, match="Unknown parameter: 'colour'") as bad:
+        client.images.generate(prompt="a cat", extra_body={"colour": "red"})
+    assert bad.value.code == "unknown_parameter" and bad.value.param == "colour"
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.images.generate(prompt="a cat", model="dall-e-3")
+    with pytest.raises(openai.BadRequestError, match="takes no picture"):
+        client.images.edit(prompt="a cat", image=file_of(PHOTO))
+    with pytest.raises(openai.BadRequestError, match="needs a picture"):
+        plus.client().images.generate(prompt="a cat")
+    with pytest.raises(openai.BadRequestError, match="takes no mask"):
+        plus.client().images.edit(prompt="a cat", image=file_of(PHOTO), mask=file_of(PHOTO))
+    assert images.health()["status"] == "ok"
+
+
+def test_what_only_the_pipeline_knows_is_the_requests_fault(images: Served) -> None:
+    status, answer, _ = images.post("/v1/images/generations", {"prompt": "a cat", "strength": 0.5})
+    assert status == 400 and "takes no strength" in answer["error"]["message"]
+
+
+def test_many_clients(images: Served, folder: Path) -> None:
+    """With a queue of four: a picture, which is the offline one, or 429."""
+    expected = {seed: offline(models(folder)["image"], seed)[0] for seed in range(4)}
+    fields = FIELDS | {"prompt": "a cat", "size": "32x32"}
+
+    def ask(i: int) -> int:
+        status, answer, headers = images.post("/v1/images/generations", fields | {"seed": i % 4})
+        if status == 429:
+            assert int(headers["retry-after"]) >= 1 and answer["error"]["code"] == "queue_full"
+        else:
+            assert status == 200, answer
+            assert same(image_of(answer["data"][0]["b64_json"]), expected[i % 4])
+        return status
+
+    with ThreadPoolExecutor(16) as pool:
+        statuses = list(pool.map(ask, range(48)))
+    assert set(statuses) == {200, 429}
+    metrics = images.ask("/metrics")[1]
+    assert f'status="429"}} {float(statuses.count(429))}' in metrics
+
+
+def test_a_lost_follower_is_told_and_no_picture_is_lost(images: Served, folder: Path) -> None:
+    fields = FIELDS | {"prompt": "a cat", "size": "32x32"}
+    restarts = images.health()["replicas"][0]["follower_restarts"]
+    seen = set()
+    for seed in range(3):
+        for follower in images.followers():
+            follower.kill()
+        expected = offline(models(folder)["image"], seed)[0]
+        status, answer, _ = images.post("/v1/images/generations", fields | {"seed": seed})
+        assert status == 200 and same(image_of(answer["data"][0]["b64_json"]), expected)
+        seen.add(images.health()["status"])
+    assert "degraded" in seen, images.events[-5:]
+    assert any(event["event"] == "follower lost" for event in images.events)
+    deadline = time.monotonic() + 60
+    while images.health()["status"] != "ok":
+        assert time.monotonic() < deadline, images.health()
+        time.sleep(0.2)
+    assert images.health()["replicas"][0]["follower_restarts"] > restarts
+    assert "cfg_parallel_follower_restarts_total 0" not in images.ask("/metrics")[1]
+
+
+def test_a_follower_that_dies_while_nobody_asks_is_replaced(images: Served) -> None:
+    (follower,) = images.followers()
+    follower.kill()
+    deadline = time.monotonic() + 60
+    while images.health()["status"] == "ok":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while images.health()["status"] != "ok":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert images.followers()[0].pid != follower.pid
+
+
+def test_an_engine_that_dies_is_replaced_and_its_request_run_again(images: Served, folder: Path) -> None:
+    expected = offline(models(folder)["image"], 8, num_inference_steps=60)[0]
+    answers: list[Any] = []
+    fields = FIELDS | {"prompt": "a cat", "size": "32x32", "seed": 8, "num_inference_steps": 60}
+    thread = threading.Thread(target=lambda: answers.append(images.post("/v1/images/generations", fields)))
+    thread.start()
+    while images.health()["running"] == 0:
+        time.sleep(0.01)
+    images.workers()[0].kill()
+    thread.join(120)
+    status, answer, _ = answers[0]
+    assert status == 200, answer
+    assert same(image_of(answer["data"][0]["b64_json"]), expected)
+
+
+def test_a_client_that_goes_away_ends_its_generation(images: Served) -> None:
+    fields = FIELDS | {"prompt": "a cat", "size": "32x32", "num_inference_steps": 200}
+    body = json.dumps(fields).encode()
+    host, _, port = images.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        while images.health()["running"] == 0:
+            time.sleep(0.01)
+    began = time.monotonic()
+    while images.health()["running"] > 0:
+        assert time.monotonic() - began < 10
+        time.sleep(0.02)
+    health = images.health()  # the follower is none the worse for it
+    assert health["status"] == "ok"
+
+
+def test_no_prompt_is_in_the_log(images: Served) -> None:
+    secret = "a purple elephant"
+    images.post("/v1/images/generations", FIELDS | {"prompt": secret, "size": "32x32"})
+    assert not any(secret in line for line in images.log)
+    made = [event for event in images.events if event["event"] == "made"]
+    assert made and all(event["request_id"].startswith("req-") and event["seconds"] > 0 for event in made)
+
+
+def test_sigterm_finishes_what_runs(folder: Path) -> None:
+    with serving(models(folder)["image"], *DEVICES) as served:
+        fields = FIELDS | {"prompt": "a cat", "size": "32x32", "seed": 2, "num_inference_steps": 40}
+        answers: list[Any] = [None, None]
+
+        def ask(i: int) -> None:
+            answers[i] = served.post("/v1/images/generations", fields)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+        threads[0].start()
+        while served.health()["running"] == 0:
+            time.sleep(0.01)
+        threads[1].start()
+        while served.health()["waiting"] == 0:
+            time.sleep(0.01)
+        os.kill(served.process.pid, signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert answers[0][0] == 200
+        assert same(
+            image_of(answers[0][1]["data"][0]["b64_json"]),
+            offline(models(folder)["image"], 2, num_inference_steps=40)[0],
+        )
+        assert answers[1][0] == 503 and answers[1][1]["error"]["code"] == "shutting_down"
+        assert served.process.wait(20) == 0
+
+
+def test_two_replicas_of_a_pipeline_made_in_python(folder: Path, tmp_path: Path) -> None:
+    load = f"return diffusers.DiffusionPipeline.from_pretrained({models(folder)['image']!r})"
+    (tmp_path / "mine.py").write_text(f"import diffusers\n\ndef build(device):\n    {load}\n")
+    options = ("--devices", "cpu,cpu", "--cfg-parallel-size", "1", "--replicas", "2", "--api-key", "k")
+    with serving("mine:build", *options, PYTHONPATH=str(tmp_path)) as served:
+        assert len(served.workers()) == 2
+        client = served.client("k")
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(
+                pool.map(
+                    lambda seed: client.images.generate(
+                        prompt="a cat", size="32x32", extra_body=FIELDS | {"seed": seed}
+                    ),
+                    range(4),
+                )
+            )
+        for seed, answer in enumerate(answers):
+            assert same(image_of(answer.data[0].b64_json or ""), offline(models(folder)["image"], seed)[0])  # type: ignore[index]
+        with pytest.raises(openai.AuthenticationError):
+            served.client("wrong").models.list()
+        assert {event["replica"] for event in served.events if event["event"] == "replica ready"} == {0, 1}
+        family = psutil.Process(served.process.pid).children(recursive=True)
+        assert len(family) >= 2
+        served.process.kill()  # not even then is a process left
+        assert not psutil.wait_procs(family, 10)[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("/no/such/folder", (), "there is no folder /no/such/folder"),
+        ("no_such_module:build", (), "there is no module no_such_module"),
+        ("IMAGE", ("--devices", "cpu,cpu", "--replicas", "3"), "make them agree"),
+        ("IMAGE", ("--devices", "cuda:7,cuda:8"), "there is no cuda:7"),
+        ("IMAGE", ("--port", "99999"), "at most 65535"),
+        ("IMAGE", ("--max-request-mb", "0"), "above 0"),
+    ],
+)
+def test_what_cannot_be_served(folder: Path, model: str, options: tuple[str, ...], says: str) -> None:
+    model = models(folder)["image"] if model == "IMAGE" else model
+    with serving(model, *(options or DEVICES), wait=False) as served:
+        assert served.process.wait(60) == 2
+        time.sleep(0.2)
+        assert any(line.startswith("cfg-parallel: error: ") and says in line for line in served.log), served.log
+        assert not any("Traceback" in line for line in served.log)
+
+
+def test_a_port_that_is_taken(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with serving(models(folder)["image"], *DEVICES, "--port", port, wait=False) as served:
+            assert served.process.wait(60) == 2
+            time.sleep(0.2)
+            assert any("choose another --host or --port" in line for line in served.log)
