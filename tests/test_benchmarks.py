@@ -21,7 +21,7 @@ import test_program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_combine, bench_peer_combine, timing
+from benchmarks import bench_combine, bench_peer_combine, bench_serving, timing
 
 from cfg_parallel import extension
 from cfg_parallel.program import DTYPES, interpret
@@ -50,6 +50,8 @@ def test_without_the_gpus_one_line_and_exit_status_2(script: str) -> None:
         (bench_peer_combine, ["--sizes", "1000"], "multiples of 256 up to 64 MiB, but got 1000"),
         (bench_peer_combine, ["--sizes", str(128 << 20)], "up to 64 MiB"),
         (bench_peer_combine, ["--stress", "-1"], "number of exchanges"),
+        (bench_serving, ["--devices", "cpu,cpu", "--clients", "0"], "at least 1"),
+        (bench_serving, ["--model", "sdxl"], "invalid choice"),
     ],
 )
 def test_wrong_arguments(script: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

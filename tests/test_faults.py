@@ -396,6 +396,18 @@ def test_waiting_in_a_callback_changes_no_follower(pipe: Any) -> None:
     assert handle.wait_until_ready()
 
 
+def test_a_follower_that_dies_while_it_is_asked_for_the_report(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cfg_parallel.enable_cfg_parallel(pipe, **CPUS) as handle:
+        generate(pipe, QWEN.inputs())
+        (remote,) = handle._leader.remotes
+        remote.process.kill()
+        with monkeypatch.context() as patch:
+            patch.setattr(remote, "check", lambda: None)  # it looked alive
+            report = handle.report
+        assert report.parallel_steps == report.steps > 0 and len(report.lost) == 1
+        assert torch.equal(generate(pipe, QWEN.inputs()), generate(QWEN.build(), QWEN.inputs()))
+
+
 def test_waiting_leaves_others_alone(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     handle: Any = cfg_parallel.enable_cfg_parallel(pipe, **CPUS)
     generate(pipe, QWEN.inputs())

@@ -525,7 +525,11 @@ class Leading(CfgParallel):
         if on_gpu:
             torch.cuda.synchronize(self.devices[0])
         forwards = [elapsed_ms(*marks) for marks in generation.forwards]
-        statistics = [remote.statistics() for remote in remotes if remote.check() is None]
+        statistics: list[dict[str, Any]] = []
+        for remote in remotes:
+            if remote.check() is None:
+                with contextlib.suppress(FollowerLostError):  # just now; the report says so
+                    statistics.append(remote.statistics())
         sides = [forwards, *(each["forward_ms"] for each in statistics)]
         remote_forwards = [ms for side in sides[1:] for ms in side]
         receives = sum(elapsed_ms(*marks) for remote in remotes for marks in remote.sent.receives)
