@@ -1,5 +1,5 @@
 """The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot,
-`serve` serves a model, and `models` lists the pipelines.
+`serve` serves a model, `doctor` says what is wrong here, and `models` lists the pipelines.
 
 Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was
 done, with one line on stderr that names the fix.
@@ -86,6 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("words", nargs="*", metavar="WORD", help="a part of a name, in any case (default: all)")
     models.add_argument("--json", action="store_true", help="the rows as JSON")
     models.set_defaults(command=_models)
+    doctor = commands.add_parser(
+        "doctor",
+        help="look at GPUs, links, this installation and a model, and say what to mend",
+        description="Looks at everything that a run needs. Exit status 1 if something does not work.",
+    )
+    doctor.add_argument("--model", type=_path, metavar="MODEL", help="a folder or a Hugging Face id: does it fit?")
+    doctor.add_argument(
+        "--devices", type=_devices, metavar="LIST", help="default: the first two GPUs, or CPU processes"
+    )
+    doctor.add_argument("--quick", action="store_true", help="start no follower")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(command=_doctor)
     serve = commands.add_parser(
         "serve",
         help="serve a model with OpenAI's API for pictures, and a web page",
@@ -147,6 +159,14 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-remote-images", action="store_true", help="fetch the http(s) URLs of pictures in chats")
     add("--log-prompts", action="store_true", help="write prompts into the log")
     add("--omni", action="store_true", help=argparse.SUPPRESS)  # of vLLM-Omni's command
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from cfg_parallel import doctor
+    from cfg_parallel.preflight import choose_devices
+
+    devices = choose_devices(len(args.devices), args.devices, "auto") if args.devices else None
+    return doctor.run(args.model, devices, args.quick, args.json)
 
 
 def _serve(args: argparse.Namespace) -> int:
