@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import struct
+import sys
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -78,7 +80,13 @@ class Client:
             replica.job = job.replica = None
 
     async def ask(
-        self, method: str, path: str, body: bytes = b"", leave: asyncio.Event | None = None, **headers: str
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        leave: asyncio.Event | None = None,
+        root_path: str = "",
+        **headers: str,
     ) -> Answer:
         """`leave`: the client goes away when that is set."""
         sent: list[Any] = []
@@ -100,7 +108,7 @@ class Client:
             "headers": given,
             "http_version": "1.1",
             "scheme": "http",
-            "root_path": "",
+            "root_path": root_path,
             "asgi": {"version": "3.0"},
         }
         scope |= {"server": ("test", 80), "client": ("test", 1)}
@@ -158,7 +166,8 @@ PNG = file_of(picture(0, 16, 16)).getvalue()
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": ""}, "prompt", "at least 1 character"),
-    ({"prompt": None}, "prompt", "valid string"),
+    ({"prompt": None}, "prompt", "required"),
+    ({"prompt": 5}, "prompt", "valid string"),
     ({"prompt": "x" * 40_000}, "prompt", "at most 32000"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 5}, "n", "at most 4 pictures"),
@@ -508,6 +517,146 @@ def test_shutting_down_finishes_what_runs() -> None:
     run(test)
 
 
+def test_a_replica_that_never_loads_leaves_the_others_alone() -> None:
+    """The loop goes on, although somebody waits."""
+
+    async def test() -> None:
+        async with client(devices=("cpu",) * 4, replicas=2) as asked:
+            _, bad = asked.server.replicas
+            asked.gate.clear()
+            bad.state, bad.facts = "starting", None
+            tasks = [asyncio.create_task(asked.make(seed=i)) for i in range(3)]
+            await until(lambda: len(asked.jobs) == 1 and asked.server.dispatcher.waiting == 2)
+            bad.failure = "no memory"
+            bad._end("it ended")
+            assert bad.state == "failed"
+            await asyncio.sleep(0.1)
+            asked.gate.set()
+            assert [answer.status for answer in await asyncio.gather(*tasks)] == [200] * 3
+
+    run(test)
+
+
+def test_the_last_replica_fails_under_a_request() -> None:
+    async def test() -> None:
+        async with client() as asked:
+            (replica,) = asked.server.replicas
+
+            async def fail(job: Job) -> Any:
+                replica.state = "failed"
+                replica.failed()
+                raise ConnectionError("exit status 1")
+
+            replica.run = fail  # type: ignore[method-assign]
+            assert (await asked.make()).status == 503
+            assert asked.server.dispatcher.waiting == 0
+
+    run(test)
+
+
+def test_nobody_is_made_a_picture_for_twice_who_has_gone() -> None:
+    async def test() -> None:
+        async with client() as asked:
+            asked.gate.clear()
+            leave = asyncio.Event()
+            body = json.dumps({"prompt": "a cat"}).encode()
+            ask = asked.ask("POST", "/v1/images/generations", body, leave, content_type="application/json")
+            task = asyncio.create_task(ask)
+            await until(lambda: len(asked.jobs) == 1)
+            leave.set()
+            await task
+            asked.failures = [ConnectionError("exit status -9")]
+            asked.gate.set()
+            assert (await asked.make()).status == 200
+            assert len(asked.jobs) == 2
+
+    run(test)
+
+
+def test_an_error_of_the_servers_own_ends_one_request() -> None:
+    async def test() -> None:
+        async with client() as asked:
+            asked.failures = [MemoryError("no memory to send it")]
+            answer = await asked.make()
+            assert answer.status == 500 and "see its log" in answer.body["error"]["message"]
+            assert (await asked.make()).status == 200
+
+    run(test)
+
+
+def test_what_is_refused_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cfg_parallel.serving import app
+
+    decoded: list[int] = []
+
+    def counting(data: bytes, most: int, param: str) -> Any:
+        decoded.append(most)
+        return read(data, most, param)
+
+    monkeypatch.setattr(app.pictures, "read", counting)
+
+    async def test() -> None:
+        async with client(max_queue=0, max_input_pixels=600) as asked:
+            url = url_of(picture(0, 16, 16))
+            assert (await asked.post("/v1/chat/completions", chat(*[url] * 17))).status == 400
+            assert (await asked.edit({"prompt": "a cat", "model": "no"}, [("image", PNG)])).status == 404
+            asked.gate.clear()
+            task = asyncio.create_task(asked.make())
+            await until(lambda: len(asked.jobs) == 1)
+            assert (await asked.edit({"prompt": "a cat"}, [("image", PNG)])).status == 429
+            assert not decoded
+            asked.gate.set()
+            await task
+            answer = await asked.edit({"prompt": "a cat"}, [("image", PNG)] * 3)  # of 256 pixels each
+            assert answer.status == 400 and answer.body["error"]["code"] == "image_too_large"
+            assert decoded == [600, 344, 88]
+
+    run(test)
+
+
+def test_limits_hold_for_what_the_pipeline_chooses() -> None:
+    async def test() -> None:
+        async with client(max_pixels=200, max_steps=20) as asked:
+            asked.server.replicas[0].facts = dataclasses.replace(FACTS, takes_size=False, default_steps=50)
+            answer = await asked.edit({"prompt": "a cat"}, [("image", PNG)])
+            assert answer.status == 400 and "at most 200" in answer.body["error"]["message"]
+            small = file_of(picture(0, 8, 8)).getvalue()
+            assert (await asked.edit({"prompt": "a cat"}, [("image", small)])).status == 200
+            assert asked.jobs[0].work.params["num_inference_steps"] == 20
+
+    run(test)
+
+
+def test_clients_may_choose_the_same_request_id() -> None:
+    async def test() -> None:
+        async with client() as asked:
+            body = json.dumps({"prompt": "a cat"}).encode()
+            path, kind = "/v1/images/generations", "application/json"
+            answers = [await asked.ask("POST", path, body, content_type=kind, x_request_id="same") for _ in range(2)]
+            assert [answer.body["request_id"] for answer in answers] == ["same", "same"]
+            assert asked.jobs[0].work.id != asked.jobs[1].work.id
+
+    run(test)
+
+
+def test_null_and_the_names_of_others() -> None:
+    async def test() -> None:
+        async with client() as asked:
+            nothing = dict.fromkeys(["n", "stream", "partial_images", "output_format", "response_format", "seed"])
+            assert (await asked.make(**nothing)).status == 200
+            answer = await asked.make(num_outputs_per_prompt=2)
+            assert len(answer.body["data"]) == 2
+            image = base64.b64encode(PNG).decode()
+            simple = {"messages": [{"role": "user", "content": [{"text": "a cat"}, {"image": image}]}]}
+            extra = {"tools": [], "response_format": {"type": "text"}, "stream": None, "extra_body": None}
+            assert (await asked.post("/v1/chat/completions", simple | extra)).status == 200
+            assert asked.jobs[-1].work.prompt["multi_modal_data"]["image"].size == (16, 16)
+            await asked.edit({"prompt": "a cat", "negative_prompt": ""}, [("image", PNG)])
+            assert asked.jobs[-1].work.prompt["negative_prompt"] == ""  # guidance is on with an empty one
+
+    run(test)
+
+
 def test_the_key() -> None:
     async def test() -> None:
         async with client(api_key="s3cret") as asked:
@@ -517,6 +666,8 @@ def test_the_key() -> None:
             assert (await asked.ask("GET", "/v1/models", authorization="Bearer s3cret")).status == 200
             assert (await asked.ask("GET", "/health")).status == 200
             assert (await asked.make()).status == 401 and not asked.jobs
+            assert (await asked.ask("GET", "/v1/models", authorization="bearer s3cret")).status == 200
+            assert (await asked.ask("GET", "/api/v1/models", root_path="/api")).status == 401
 
     run(test)
 
@@ -579,3 +730,51 @@ def test_a_stream() -> None:
 
 def test_what_is_a_factory() -> None:
     assert is_factory("my.module:build") and not is_factory("Qwen/Qwen-Image") and not is_factory("/models/a:b")
+
+
+def test_a_late_cancel_is_forgotten() -> None:
+    """Of the process of a replica, with an engine that needs no model."""
+    import multiprocessing
+    import threading
+    import time
+
+    from cfg_parallel.serving.work import Work
+    from cfg_parallel.serving.worker import Worker
+
+    class Handle:
+        followers: tuple[Any, ...] = ()
+
+        def wait_until_ready(self, timeout: float) -> bool:
+            return True
+
+    class Engine:
+        handle = Handle()
+
+        def generate(self, prompt: Any, params: Any, on_step: Any) -> Any:
+            for step in range(params.num_inference_steps):
+                on_step(step + 1, params.num_inference_steps)
+                time.sleep(0.01)
+            return [type("Output", (), {"images": [Image.new("RGB", (8, 8))], "metrics": {"seconds": 1.0}})]
+
+    ours, theirs = multiprocessing.Pipe()
+    worker = Worker(theirs, Engine(), leave=sys.exit)  # type: ignore[arg-type]
+    threading.Thread(target=worker.serve, daemon=True).start()
+
+    def outcome(work_id: str) -> Any:
+        while True:
+            message = ours.recv()
+            if message[0] in ("done", "failed") and message[1] == work_id:
+                return message
+
+    work = Work("a", {"prompt": "a cat"}, {"num_inference_steps": 2})
+    ours.send(("work", work))
+    assert outcome("a")[0] == "done"
+    time.sleep(0.1)
+    ours.send(("cancel", "a"))
+    ours.send(("work", work))
+    assert outcome("a")[0] == "done"
+    ours.send(("work", dataclasses.replace(work, id="b", params={"num_inference_steps": 500})))
+    ours.send(("cancel", "b"))
+    assert outcome("b")[:3] == ("failed", "b", "cancelled")
+    time.sleep(0.1)
+    assert not worker._cancelled and not worker._known

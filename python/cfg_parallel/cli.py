@@ -145,6 +145,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--served-model-name", metavar="NAME", help="for clients (default: MODEL)")
     add(
         "--api-key",
+        type=_key,
         default=os.environ.get("CFG_PARALLEL_API_KEY") or None,
         metavar="KEY",
         help="what clients send as a bearer token (default: CFG_PARALLEL_API_KEY, or none is needed)",
@@ -288,6 +289,12 @@ def _positive_int(text: str, low: int = 1, high: int | None = None) -> int:
         most = "" if high is None else f" and at most {high}"
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}{most}, but got {text!r}")
     return value
+
+
+def _key(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a key, but got an empty one; leave --api-key out to need none")
+    return text
 
 
 def _count(text: str) -> int:

@@ -47,7 +47,7 @@ class _Arguments(BaseModel):
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     compile: Literal["auto", "regional", "full", "off"] = "off"
     served_model_name: str | None = None
-    api_key: str | None = Field(default_factory=lambda: os.environ.get("CFG_PARALLEL_API_KEY") or None)
+    api_key: str | None = Field(min_length=1, default_factory=lambda: os.environ.get("CFG_PARALLEL_API_KEY") or None)
     max_queue: int = Field(Settings.max_queue, ge=0)
     max_steps: int = Field(Settings.max_steps, ge=1, le=1000)
     max_pixels: int = Field(Settings.max_pixels, ge=1)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
+import math
 import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +24,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Send
 
 from cfg_parallel import __version__
 from cfg_parallel.serving import pictures
-from cfg_parallel.serving.dispatcher import Dispatcher, Done, Event, Job, Partial, Step
+from cfg_parallel.serving.dispatcher import Dispatcher, Done, Event, Job, Partial, Step, client_gone
 from cfg_parallel.serving.observability import Metrics, tell
 from cfg_parallel.serving.replica import Replica
 from cfg_parallel.serving.schemas import CHAT_FIELDS_WITHOUT_USE, ApiError, Chat, Generation, error_of
@@ -36,6 +40,7 @@ _PAGE = Path(__file__).parent / "page"
 _GONE = 0.2  # seconds between two looks whether the client is still there
 _PING = 5.0  # seconds without an event of a stream
 _MOST_IMAGES = 16  # in a request
+_FETCHES = 4  # pictures at URLs that are fetched at once
 
 Kind = Literal["image_generation", "image_edit"]
 
@@ -49,9 +54,8 @@ class Server:
         self.replicas = [Replica(settings, number, tell) for number in range(settings.replicas)]
         self.dispatcher = Dispatcher(self.replicas, settings.max_queue, self._made)
         self.created = int(time.time())
-        self.app = FastAPI(
-            title="cfg-parallel", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
-        )
+        self._fetching = ThreadPoolExecutor(_FETCHES, "cfg-parallel-fetch")
+        self.app = FastAPI(title="cfg-parallel", version=__version__, lifespan=self._lifespan, openapi_url=None)
         self._add_routes()
         self.app.add_exception_handler(ApiError, self._on_api_error)  # type: ignore[arg-type]
         self.app.add_exception_handler(RequestValidationError, self._on_invalid)  # type: ignore[arg-type]
@@ -68,6 +72,7 @@ class Server:
             yield
         finally:
             await self.dispatcher.close()
+            self._fetching.shutdown(wait=False, cancel_futures=True)
 
     @property
     def facts(self) -> Facts:
@@ -91,13 +96,17 @@ class Server:
         add("/page/{name}", self.page, methods=["GET"], response_model=None)
 
     async def generations(self, request: Request, body: Generation) -> Response:
+        self._check(body, 0, False)
         return await self._answer(request, "image_generation", body, [], None)
 
     async def edits(self, request: Request) -> Response:
         """Multipart: image (or image[]) once or several times, perhaps mask, and the fields of a generation."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(400, "Expected multipart/form-data with an image and a prompt.", code="invalid_content_type")
-        form = await request.form(max_files=_MOST_IMAGES + 1, max_fields=100)
+        try:
+            form = await request.form(max_files=_MOST_IMAGES + 1, max_fields=100)
+        except ClientDisconnect as error:
+            raise client_gone() from error
         fields: dict[str, Any] = {}
         files: dict[str, list[UploadFile]] = {"image": [], "mask": []}
         for name, value in form.multi_items():
@@ -108,19 +117,18 @@ class Server:
                 files[name].append(value)
             elif isinstance(value, UploadFile):
                 raise ApiError(400, f"{name}: expected text, but got a file.", param=name, code="invalid_value")
-            elif value != "":
+            elif value != "" or name in ("prompt", "negative_prompt"):
                 fields[name] = value.replace("\r\n", "\n")  # which browsers make of a line's end
-        body = _valid(Generation, fields)
+        asked = _valid(Generation, fields)
         if not files["image"]:
             raise ApiError(400, "image: expected at least one picture.", param="image", code="missing_image")
         if len(files["mask"]) > 1:
             raise ApiError(400, "mask: expected one picture, but got several.", param="mask", code="invalid_value")
-        limit = self.settings.max_input_pixels
-        images = [await asyncio.to_thread(pictures.read, await file.read(), limit, "image") for file in files["image"]]
-        mask = None
-        if files["mask"]:
-            mask = await asyncio.to_thread(pictures.read_mask, await files["mask"][0].read(), limit)
-        return await self._answer(request, "image_edit", body, images, mask)
+        self._check(asked, len(files["image"]), bool(files["mask"]))
+        budget = _Budget(self.settings.max_input_pixels)
+        images = [await budget.read(file.read, pictures.read, "image") for file in files["image"]]
+        mask = await budget.read(files["mask"][0].read, pictures.read_mask, "mask") if files["mask"] else None
+        return await self._answer(request, "image_edit", asked, images, mask)
 
     async def chat(self, request: Request, body: Chat) -> Response:
         """A picture for the last user message, from its text and its image_url parts."""
@@ -129,33 +137,20 @@ class Server:
             raise ApiError(
                 400, "messages: there is no user message with content.", param="messages", code="missing_prompt"
             )
-        if body.stream:
+        given = {**(body.model_extra or {}), **body.extra_body}
+        fields = {name: value for name, value in given.items() if name not in CHAT_FIELDS_WITHOUT_USE}
+        texts, urls = _parts(message.content)
+        asked = _valid(Generation, {**fields, "prompt": "\n".join(texts), "model": body.model})
+        if body.stream or asked.stream:
             raise ApiError(
                 400,
                 "stream: a chat is answered in one piece; /v1/images has progress.",
                 param="stream",
                 code="invalid_value",
             )
-        parts = [{"type": "text", "text": message.content}] if isinstance(message.content, str) else message.content
-        texts, images = [], []
-        for part in parts:
-            if part.get("type") == "text" and isinstance(part.get("text"), str):
-                texts.append(part["text"])
-            elif part.get("type") == "image_url":
-                at = part.get("image_url")
-                url = at.get("url") if isinstance(at, dict) else at
-                if not isinstance(url, str):
-                    raise ApiError(400, "image_url: expected a url.", param="messages", code="invalid_image_url")
-                images.append(await asyncio.to_thread(self._fetch, url))
-            else:
-                raise ApiError(
-                    400, "messages: expected parts of type text or image_url.", param="messages", code="invalid_value"
-                )
-        given = {**(body.model_extra or {}), **body.extra_body}
-        fields = {name: value for name, value in given.items() if name not in CHAT_FIELDS_WITHOUT_USE}
-        asked = _valid(Generation, {**fields, "prompt": "\n".join(texts), "model": body.model})
-        if asked.stream:
-            raise ApiError(400, "stream: a chat is answered in one piece.", param="stream", code="invalid_value")
+        self._check(asked, len(urls), False)
+        budget = _Budget(self.settings.max_input_pixels)
+        images = [await budget.read(functools.partial(self._fetch, url), pictures.read, "image_url") for url in urls]
         job = self._submit(request, asked, images, None)
         done = await self._wait(request, job)
         content = [
@@ -180,10 +175,11 @@ class Server:
         }
         return JSONResponse(answer | self._extras(job, done))
 
-    def _fetch(self, url: str) -> Any:
+    async def _fetch(self, url: str) -> bytes:
         most = int(self.settings.max_request_mb * 2**20)
-        data = pictures.fetch(url, self.settings.allow_remote_images, most, "image_url")
-        return pictures.read(data, self.settings.max_input_pixels, "image_url")
+        fetch = functools.partial(pictures.fetch, url, self.settings.allow_remote_images, most, "image_url")
+        # Others' servers may be slow, and the loop's own threads are needed for everything else.
+        return await asyncio.get_running_loop().run_in_executor(self._fetching, fetch)
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model()]}
@@ -266,6 +262,9 @@ class Server:
                         yield _event(f"{kind}.completed", what | self._extras(job, event))
         except ApiError as error:
             yield _event("error", error.body)
+        except Exception as error:  # the answer has begun, so that this is how it is told
+            tell("error", "error", request_id=job.request_id, error=repr(error))
+            yield _event("error", ApiError(500, "The server has an error; see its log.", "server_error").body)
         finally:
             self._leave(job)
         yield b"data: [DONE]\n\n"
@@ -279,7 +278,7 @@ class Server:
                 if isinstance(event, Done):
                     return event
                 if await request.is_disconnected():
-                    raise ApiError(499, "The client has gone.", code="cancelled")
+                    raise client_gone()
         finally:
             self._leave(job)
 
@@ -287,10 +286,17 @@ class Server:
         """Nobody listens to the job any more."""
         if not job.over.is_set():
             self.dispatcher.cancel(job)
-            tell("client gone", request_id=job.work.id)
+            tell("client gone", request_id=job.request_id)
 
     def _submit(self, request: Request, asked: Generation, images: list[Any], mask: Any) -> Job:
-        self._check(asked, images, mask)
+        facts, most = self.facts, self.settings
+        if images and not facts.takes_size and math.prod(images[0].size) > most.max_pixels:
+            message = (
+                f"{facts.pipeline} makes a picture as large as the one sent, which has {math.prod(images[0].size)} "
+            )
+            raise ApiError(
+                400, f"{message}pixels; at most {most.max_pixels} are made.", param="image", code="too_large"
+            )
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         prompt: dict[str, Any] = {"prompt": asked.prompt}
         if asked.negative_prompt is not None:
@@ -305,18 +311,21 @@ class Server:
         names = ["true_cfg_scale", "guidance_scale", "num_inference_steps", "height", "width", "strength"]
         params = {name: value for name in names if (value := getattr(asked, name)) is not None}
         params["seed"] = seed
+        if (facts.default_steps or 0) > most.max_steps:
+            params.setdefault("num_inference_steps", most.max_steps)
         if asked.n > 1:
             params["num_outputs_per_prompt"] = asked.n
-        job = Job(Work(request.state.request_id, prompt, params, asked.partial_images, asked.compare))
+        work = Work(uuid.uuid4().hex, prompt, params, asked.partial_images, asked.compare)
+        job = Job(work, request.state.request_id)
         self.dispatcher.submit(job)
         shown: dict[str, Any] = (
             {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt} if self.settings.log_prompts else {}
         )
-        tell("queued", request_id=job.work.id, waiting=self.dispatcher.waiting, n=asked.n, **params, **shown)
+        tell("queued", request_id=job.request_id, waiting=self.dispatcher.waiting, n=asked.n, **params, **shown)
         return job
 
-    def _check(self, asked: Generation, images: list[Any], mask: Any) -> None:
-        """What can be known before the queue."""
+    def _check(self, asked: Generation, images: int, mask: bool) -> None:
+        """What can be known before a picture is looked at. Raises ApiError, also where one more may not come."""
         facts, most = self.facts, self.settings
         if asked.model is not None:
             self._check_model(asked.model)
@@ -335,11 +344,11 @@ class Server:
             raise ApiError(
                 400, f"{facts.pipeline} needs a picture; use /v1/images/edits.", param="image", code="missing_image"
             )
-        if len(images) > 1 and not facts.several_images:
-            raise ApiError(400, f"{facts.pipeline} takes one picture, but got {len(images)}.", param="image")
-        if len(images) > _MOST_IMAGES:
-            raise _too_large("image", len(images), _MOST_IMAGES, "pictures")
-        if mask is not None and not facts.takes_mask:
+        if images > 1 and not facts.several_images:
+            raise ApiError(400, f"{facts.pipeline} takes one picture, but got {images}.", param="image")
+        if images > _MOST_IMAGES:
+            raise _too_large("image", images, _MOST_IMAGES, "pictures")
+        if mask and not facts.takes_mask:
             raise ApiError(400, f"{facts.pipeline} takes no mask.", param="mask")
         if asked.negative_prompt is not None and not facts.takes_negative_prompt:
             raise ApiError(400, f"{facts.pipeline} takes no negative_prompt.", param="negative_prompt")
@@ -349,6 +358,7 @@ class Server:
                 raise ApiError(400, f"{facts.pipeline} takes no {scale}; it takes {takes}.", param=scale)
         if asked.partial_images and not facts.partial_images:
             raise ApiError(400, f"{facts.pipeline} has no partial images.", param="partial_images")
+        self.dispatcher.admit()
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.name:
@@ -372,14 +382,14 @@ class Server:
     def _extras(self, job: Job, done: Done) -> dict[str, Any]:
         """What OpenAI's answers do not have: the seed, times and what the report says."""
         return {
-            "request_id": job.work.id,
+            "request_id": job.request_id,
             "seed": job.work.params["seed"],
             "metrics": {"queue_seconds": job.waited, **done.metrics},
         }
 
     def _made(self, job: Job, done: Done) -> None:
         self.metrics.made(done.metrics, len(done.pictures), job.waited)
-        tell("made", request_id=job.work.id, queue_seconds=round(job.waited, 4), **done.metrics)
+        tell("made", request_id=job.request_id, queue_seconds=round(job.waited, 4), **done.metrics)
 
     # Errors.
 
@@ -417,7 +427,8 @@ class _Gate:
         if not re.fullmatch(r"[\w.-]{1,64}", request_id):
             request_id = f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where the application is mounted
+        endpoint = path if path in _ENDPOINTS else "other"
         most, got = int(settings.max_request_mb * 2**20), 0
 
         async def counted() -> Any:
@@ -441,7 +452,7 @@ class _Gate:
             await JSONResponse(error.body, error.status_code, headers)(scope, receive, answered)
 
         try:
-            if scope["path"].startswith("/v1/") and settings.api_key and not _has_key(headers, settings.api_key):
+            if path.startswith("/v1/") and settings.api_key and not _has_key(headers, settings.api_key):
                 await refuse(
                     ApiError(401, "The API key is missing or wrong.", "authentication_error", code="invalid_api_key")
                 )
@@ -449,6 +460,9 @@ class _Gate:
                 await refuse(_body_too_large(most))
             else:
                 await self._app(scope, counted, answered)
+        except Exception:
+            status = 500
+            raise
         finally:
             seconds = time.monotonic() - began
             self._server.metrics.requests.labels(endpoint, str(status)).inc()
@@ -463,8 +477,45 @@ _ENDPOINTS = frozenset(
 
 
 def _has_key(headers: dict[str, str], key: str) -> bool:
-    given = headers.get("authorization", "").removeprefix("Bearer ")
-    return hmac.compare_digest(given.encode(), key.encode())
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    return kind.lower() == "bearer" and hmac.compare_digest(given.encode(), key.encode())
+
+
+class _Budget:
+    """Pixels that the pictures of one request may have together."""
+
+    def __init__(self, pixels: int) -> None:
+        self._left = pixels
+
+    async def read(
+        self, source: Callable[[], Awaitable[bytes]], decode: Callable[[bytes, int, str], Any], param: str
+    ) -> Any:
+        picture = await asyncio.to_thread(decode, await source(), self._left, param)
+        self._left -= math.prod(picture.size)
+        return picture
+
+
+def _parts(content: str | list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Texts and URLs of a message: OpenAI's parts, and vLLM-Omni's {"text": ...} and {"image": BASE64}."""
+    texts, urls = [], []
+    for part in [{"text": content}] if isinstance(content, str) else content:
+        kind = part.get("type", "text" if "text" in part else "image" if "image" in part else None)
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image_url":
+            at = part.get("image_url")
+            url = at.get("url") if isinstance(at, dict) else at
+            if not isinstance(url, str):
+                raise ApiError(400, "image_url: expected a url.", param="messages", code="invalid_image_url")
+            urls.append(url)
+        elif kind == "image" and isinstance(part.get("image"), str):
+            data = part["image"]
+            urls.append(data if data.startswith("data:") else f"data:image/png;base64,{data}")
+        else:
+            raise ApiError(
+                400, "messages: expected parts of type text or image_url.", param="messages", code="invalid_value"
+            )
+    return texts, urls
 
 
 def _body_too_large(most: int) -> ApiError:

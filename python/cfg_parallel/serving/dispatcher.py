@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cfg_parallel.serving.observability import tell
 from cfg_parallel.serving.replica import Replica
 from cfg_parallel.serving.schemas import ApiError
 from cfg_parallel.serving.work import Picture, Work
@@ -43,12 +44,15 @@ Event = Step | Partial | Done
 
 @dataclass(eq=False)
 class Job:
-    """A request that waits or runs. `events` ends with Done or with the error that the client gets."""
+    """A request that waits or runs. `events` ends with Done or with the error that the client gets; `gone`: nobody
+    waits for it any more. `request_id` may be the client's, so that another job can have it too."""
 
     work: Work
+    request_id: str
     came: float = field(default_factory=time.monotonic)
     started: float | None = None
     tries: int = 0
+    gone: bool = False
     replica: Replica | None = None
     events: asyncio.Queue[Event | ApiError] = field(default_factory=asyncio.Queue)
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -99,8 +103,8 @@ class Dispatcher:
     def running(self) -> int:
         return sum(replica.job is not None for replica in self.replicas)
 
-    def submit(self, job: Job) -> None:
-        """Raises ApiError: 503 where no replica serves, 429 where too many wait."""
+    def admit(self) -> None:
+        """Whether one more may come. Raises ApiError: 503 where no replica serves, 429 where too many wait."""
         if self.stopping:
             raise _stopping()
         if not any(replica.serves for replica in self.replicas):
@@ -115,14 +119,19 @@ class Dispatcher:
                 code="queue_full",
                 retry_after=seconds,
             )
+
+    def submit(self, job: Job) -> None:
+        """Raises ApiError as `admit`."""
+        self.admit()
         self._waiting.append(job)
         self._wake.set()
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any more: it leaves the queue, or ends at the next step."""
+        job.gone = True
         if job in self._waiting:
             self._waiting.remove(job)
-            job.finish(ApiError(499, "The client has gone.", code="cancelled"))
+            job.finish(client_gone())
         elif job.replica is not None and not job.over.is_set():
             job.replica.cancel(job.work.id)
 
@@ -133,13 +142,29 @@ class Dispatcher:
 
     def _give_up(self) -> None:
         """A replica has failed for good. When it was the last one, nobody will come for those who wait."""
-        if all(replica.state == "failed" for replica in self.replicas):
+        if self._all_failed:
             self._refuse_waiting(_not_ready())
+
+    @property
+    def _all_failed(self) -> bool:
+        return all(replica.state == "failed" for replica in self.replicas)
 
     def _refuse_waiting(self, error: ApiError) -> None:
         while self._waiting:
             job = self._waiting.popleft()
             job.finish(error)
+
+    def _why_not_again(self, job: Job, error: Exception) -> ApiError | None:
+        """Why a job whose engine has ended is not run once more."""
+        if job.gone:
+            return client_gone()
+        if self.stopping:
+            return _stopping()
+        if self._all_failed:
+            return _not_ready()
+        if job.tries > 1:
+            return ApiError(500, f"The engine ended twice: {error}", "server_error", code="engine_lost")
+        return None
 
     async def close(self) -> None:
         self.stop()
@@ -151,6 +176,8 @@ class Dispatcher:
     async def _feed(self, replica: Replica) -> None:
         while True:
             await replica.ready()
+            if replica.state == "failed":
+                return
             while not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
@@ -163,15 +190,23 @@ class Dispatcher:
             try:
                 outcome = await replica.run(job)
             except ConnectionError as error:  # its process is gone; another one is started
-                if job.tries == 1:
+                refused = self._why_not_again(job, error)
+                if refused is None:
                     self._waiting.appendleft(job)
                     self._wake.set()
                     continue
-                outcome = ApiError(500, f"The engine ended twice: {error}", "server_error", code="engine_lost")
+                outcome = refused
+            except Exception as error:  # no memory to send it, say: its client is told, and the next ones are served
+                tell("error", "error", request_id=job.request_id, error=repr(error))
+                outcome = ApiError(500, "The server has an error; see its log.", "server_error")
             if isinstance(outcome, Done):
                 self._mean += 0.3 * (time.monotonic() - job.started - self._mean)
                 self._made(job, outcome)
             job.finish(outcome)
+
+
+def client_gone() -> ApiError:
+    return ApiError(499, "The client has gone.", code="cancelled")
 
 
 def _not_ready() -> ApiError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
 import math
 import struct
+import time
 import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-_FETCH_TIMEOUT = 15.0
+_DAMAGED_EXIF = (AttributeError, KeyError, TypeError)
+_FETCH_TIMEOUT = 5.0  # seconds without a byte
+_FETCH_DEADLINE = 20.0  # seconds in all
 
 
 def read(data: bytes, max_pixels: int, param: str) -> Image.Image:
@@ -33,7 +37,7 @@ def read(data: bytes, max_pixels: int, param: str) -> Image.Image:
     try:
         opened.load()
         return to_rgb(ImageOps.exif_transpose(opened))
-    except (ConfigurationError, *DAMAGED) as error:
+    except (ConfigurationError, *_DAMAGED_EXIF, *DAMAGED) as error:
         raise _broken(param, error) from error
 
 
@@ -50,7 +54,7 @@ def read_mask(data: bytes, max_pixels: int, param: str = "mask") -> Image.Image:
         if upright.has_transparency_data:
             return ImageOps.invert(upright.convert("RGBA").getchannel("A"))
         return upright.convert("L")
-    except DAMAGED as error:
+    except (*_DAMAGED_EXIF, *DAMAGED) as error:
         raise _broken(param, error) from error
 
 
@@ -105,15 +109,19 @@ def fetch(url: str, allow_remote: bool, max_bytes: int, param: str) -> bytes:
         message = f"{param}: only data: URLs are read; the server was started without --allow-remote-images."
         raise ApiError(400, message, param=param, code="remote_images_not_allowed")
     try:
+        data, deadline = bytearray(), time.monotonic() + _FETCH_DEADLINE
         with urllib.request.urlopen(url, timeout=_FETCH_TIMEOUT) as answer:
-            data: bytes = answer.read(max_bytes + 1)
-    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
+            while len(data) <= max_bytes and (part := answer.read1(1 << 16)):
+                data += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not there after {_FETCH_DEADLINE:.0f} s")
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
         message = f"{param}: the picture cannot be fetched ({' '.join(str(error).split())[:200]})."
         raise ApiError(400, message, param=param, code="invalid_image_url") from error
     if len(data) > max_bytes:
         message = f"{param}: the picture at the URL has more than {max_bytes} bytes."
         raise ApiError(400, message, param=param, code="image_too_large")
-    return data
+    return bytes(data)
 
 
 def encode(picture: Picture, output_format: str, compression: int) -> str:

@@ -77,13 +77,19 @@ class Replica:
 
     def _listen(self, connection: Connection, process: Any, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread of its own: every message, and then the end."""
+        try:
+            while True:
+                loop.call_soon_threadsafe(self._hear, *connection.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # a message that cannot be read, or a loop that is closed
+            self._tell("unreadable message", "error", replica=self.number, error=repr(error))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.kill()
+        process.wait()
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            try:
-                while True:
-                    loop.call_soon_threadsafe(self._hear, *connection.recv())
-            except (EOFError, OSError):
-                pass
-            loop.call_soon_threadsafe(self._end, process)
+            loop.call_soon_threadsafe(self._end, f"its process ended with exit status {process.returncode}")
 
     def _hear(self, kind: str, *what: Any) -> None:
         from cfg_parallel.serving.dispatcher import Done, Partial, Step
@@ -116,22 +122,18 @@ class Replica:
             self._settle(_error_of(*what[1:]))
 
     def _request(self) -> dict[str, str]:
-        return {} if self.job is None else {"request_id": self.job.work.id}
+        return {} if self.job is None else {"request_id": self.job.request_id}
 
     def _settle(self, outcome: Done | ApiError) -> None:
         if self._outcome is not None and not self._outcome.done():
             self._outcome.set_result(outcome)
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """The process has closed its end of the socket."""
+    def _end(self, how: str) -> None:
+        """The process is gone."""
         if self._closing:
             return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
-        process.kill()
-        process.wait()
         self._ended += 1
-        why = self.failure or f"its process ended with exit status {process.returncode}"
+        why = self.failure or how
         self.state, self.followers = "lost", []
         self._restarts_before = self.follower_restarts
         if self._outcome is not None and not self._outcome.done():
@@ -144,7 +146,15 @@ class Replica:
             return
         self._tell("replica lost", "error", replica=self.number, reason=why)
         self.failure = None
-        asyncio.get_running_loop().call_later(_PAUSES[self._ended], self.start)
+        asyncio.get_running_loop().call_later(_PAUSES[self._ended], self._start_again)
+
+    def _start_again(self) -> None:
+        if self._closing:
+            return
+        try:
+            self.start()
+        except OSError as error:  # no process, no file
+            self._end(f"no process could be started ({error})")
 
     async def loaded(self) -> None:
         """Waits for the first process. Raises ConfigurationError with what is wrong."""
@@ -157,8 +167,6 @@ class Replica:
         while self.state not in ("ready", "failed"):
             self._changed.clear()
             await self._changed.wait()
-        if self.state == "failed" and self.facts is not None:
-            await asyncio.Event().wait()  # the others serve
 
     async def run(self, job: Job) -> Done | ApiError:
         """Raises ConnectionError when the process ends before the picture is there."""
@@ -213,8 +221,10 @@ def socket_shutdown(connection: Connection) -> None:
 
 
 def _error_of(reason: str, message: str) -> ApiError:
+    from cfg_parallel.serving.dispatcher import client_gone
+
     if reason == "cancelled":
-        return ApiError(499, "The client has gone.", code="cancelled")
+        return client_gone()
     if reason == "refused":
         return ApiError(400, message, code="invalid_value")
     return ApiError(500, message, "server_error", code="generation_failed")

@@ -69,6 +69,14 @@ class Generation(BaseModel):
     background: Literal["auto", "opaque"] | None = None
     input_fidelity: Literal["high", "low"] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        given = _without_null(data)
+        if isinstance(given, dict) and "num_outputs_per_prompt" in given:  # as vLLM-Omni's clients say
+            given.setdefault("n", given.pop("num_outputs_per_prompt"))
+        return given
+
     @model_validator(mode="after")
     def _size(self) -> Generation:
         if self.size is not None and self.size != "auto":
@@ -85,6 +93,11 @@ class Generation(BaseModel):
         if self.partial_images and self.compare:
             raise ValueError("partial_images: their decoding would count in the time that is compared; leave them out")
         return self
+
+
+def _without_null(data: Any) -> Any:
+    """A field that is null is one that is not there."""
+    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class ChatMessage(BaseModel):
@@ -105,10 +118,17 @@ class Chat(BaseModel):
     stream: bool = False
     extra_body: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        return _without_null(data)
+
 
 # Of OpenAI's chat: nothing for a picture to follow.
-_CHAT = """frequency_penalty logit_bias logprobs max_completion_tokens max_tokens metadata modalities presence_penalty
-service_tier stop store stream_options temperature top_logprobs top_p"""
+_CHAT = """audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata
+modalities parallel_tool_calls prediction presence_penalty prompt_cache_key reasoning_effort response_format
+safety_identifier service_tier stop store stream_options temperature tool_choice tools top_logprobs top_p verbosity
+web_search_options"""
 CHAT_FIELDS_WITHOUT_USE = frozenset(_CHAT.split())
 
 

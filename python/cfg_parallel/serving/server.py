@@ -15,6 +15,7 @@ from cfg_parallel.serving.app import Server
 from cfg_parallel.serving.observability import set_up_logs, tell
 from cfg_parallel.serving.settings import Settings
 
+_PATIENCE = 10.0  # seconds for answers, once nothing runs
 _LOCAL = frozenset(["127.0.0.1", "::1"])
 
 
@@ -41,6 +42,14 @@ class _Uvicorn(uvicorn.Server):
         tell("stopping", signal=number.name, running=self._of.dispatcher.running)
         self._of.dispatcher.stop()
         self.handle_exit(number, None)
+        self._leaving = asyncio.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        """A client that does not take its answer, or does not end its request, keeps the server for a while only."""
+        while self._of.dispatcher.running:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(_PATIENCE)
+        self.force_exit = True
 
 
 def serve(settings: Settings, bound: socket.socket) -> int:
@@ -72,11 +81,11 @@ async def _serve(settings: Settings, bound: socket.socket) -> int:
                 raise loading.exception()  # type: ignore[misc]
         if not task.done():
             print(f"cfg-parallel: {settings.name} is ready at {address}", flush=True)
-    except ConfigurationError:
+        await task
+    finally:
         running.should_exit = True
         await task
-        raise
-    await task
+        await server.dispatcher.close()  # which uvicorn leaves out when it does not wait for clients
     return 0
 
 

@@ -45,6 +45,8 @@ class Facts:
     takes_negative_prompt: bool
     scales: tuple[str, ...]
     partial_images: bool
+    takes_size: bool = True  # else a result is as large as the picture that is sent
+    default_steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
@@ -32,11 +34,13 @@ class Cancelled(Exception):
 
 
 class Worker:
-    def __init__(self, connection: Connection, engine: Omni) -> None:
+    def __init__(self, connection: Connection, engine: Omni, leave: Callable[[int], Any] = os._exit) -> None:
         self.engine = engine
+        self._leave = leave
         self._connection = connection
         self._sending = threading.Lock()
         self._waiting: queue.Queue[Work] = queue.Queue()
+        self._known: set[str] = set()  # that wait or run
         self._cancelled: set[str] = set()
         self._followers: Any = None
         self._pids: set[int] = set()
@@ -55,17 +59,19 @@ class Worker:
             except queue.Empty:
                 continue
             self._run(work)
+            self._known.discard(work.id)
             self._cancelled.discard(work.id)
 
-    def _listen(self) -> None:
+    def _listen(self) -> Any:
         while True:
             try:
                 kind, what = self._connection.recv()
             except (EOFError, OSError):
-                os._exit(0)  # the server is gone; followers end with this process
+                return self._leave(0)  # the server is gone; followers end with this process
             if kind == "work":
+                self._known.add(what.id)
                 self._waiting.put(what)
-            else:
+            elif what in self._known:
                 self._cancelled.add(what)
 
     def _look_at_followers(self) -> None:
@@ -102,9 +108,11 @@ class Worker:
             # Before the first step it is what the pipeline says to arguments that it does not take.
             refused = isinstance(error, (ValueError, TypeError)) and not begun
             if not refused:
-                traceback.print_exc()
+                self.send("warning", f"{type(error).__name__} in {_where(error)}")  # what it says may repeat the prompt
             text = " ".join(str(error).split())
             self.send("failed", work.id, "refused" if refused else "error", text if refused else _named(error))
+            if not refused and _gpu_is_broken():
+                self._leave(1)  # nothing works in this process any more
         else:
             self.send("done", work.id, pictures, metrics)
 
@@ -115,7 +123,7 @@ class Worker:
         from cfg_parallel.serving.preview import previews
 
         def show(index: int, images: list[Any]) -> None:
-            self.send("partial", work.id, index, [Picture.of(image) for image in images])
+            self.send("partial", work.id, index, [Picture.of(image.convert("RGB")) for image in images])
 
         params = OmniDiffusionSamplingParams(**work.params)
         showing: Any = contextlib.nullcontext({})
@@ -133,6 +141,23 @@ class Worker:
         return [Picture.of(image.convert("RGB")) for image in output.images], metrics
 
 
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+
+
+def _gpu_is_broken() -> bool:
+    """Whether a kernel has left a CUDA context behind in which every call fails."""
+    import torch
+
+    try:
+        for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+            torch.cuda.synchronize(gpu)
+    except RuntimeError:
+        return True
+    return False
+
+
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -147,6 +172,9 @@ def load(settings: Settings, replica: int) -> Omni:
     if not sys.stderr.isatty():  # where each line of the log is to be one of JSON
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()
+    if not settings.log_prompts:  # of a prompt that is too long they show the rest
+        for library in (diffusers_logging, transformers_logging):
+            library.set_verbosity_error()
     devices = settings.devices_of(replica)
     engine = Omni(
         _made_by(settings.model, devices[0]) if is_factory(settings.model) else settings.model,
@@ -188,9 +216,16 @@ def facts_of(engine: Omni) -> Facts:
         several_images=several,
         takes_mask="mask_image" in parameters,
         takes_negative_prompt="negative_prompt" in parameters,
+        takes_size="height" in parameters and "width" in parameters,
+        default_steps=_default(parameters, "num_inference_steps"),
         scales=tuple(scale for scale in ("true_cfg_scale", "guidance_scale") if scale in parameters),
         partial_images=can_preview(engine.pipe),
     )
+
+
+def _default(parameters: Any, name: str) -> int | None:
+    value = parameters[name].default if name in parameters else None
+    return value if isinstance(value, int) else None
 
 
 def main() -> None:
