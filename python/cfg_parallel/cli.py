@@ -264,6 +264,9 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help="default: %(default)s")
     add("--compile", choices=["auto", "regional", "full", "off"], default="off", help="default: %(default)s")
     add("--compare", action="store_true", help="run one device first and compare time and picture")
+    add(
+        "--trace", type=_path, metavar="FILE", help="write a timeline of all processes and devices, for ui.perfetto.dev"
+    )
 
 
 def _path(text: str) -> str:

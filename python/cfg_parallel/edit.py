@@ -7,6 +7,7 @@ import inspect
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
@@ -39,6 +40,10 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         raise ConfigurationError(
             f"--devices names {len(args.devices)} and --cfg-parallel-size is {args.cfg_parallel_size}: make them agree."
         )
+    if args.trace and args.cfg_parallel_size == 1:
+        raise ConfigurationError("--trace shows several devices: leave it out or raise --cfg-parallel-size.")
+    if args.trace and not Path(args.trace).parent.is_dir():
+        raise ConfigurationError(f"the folder of {args.trace} does not exist: create it or change --trace.")
     check_output(args.output)
     images = [load_image(path) for path in args.image]
     index = read_model_index(args.model)
@@ -79,7 +84,10 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         started_s = time.perf_counter() - start
         many = _generate(pipe, call, args, devices[0])
         report = str(handle.report)
-    _save(many, args.output)
+        _save(many, args.output)
+        if args.trace:
+            handle.save_trace(args.trace)
+            print(f"wrote {args.trace} (open it in https://ui.perfetto.dev)")
     print(report)
     print(f"followers started once, in {started_s:.1f} s")
     if one is not None:

@@ -37,6 +37,7 @@ from cfg_parallel.replica import Watch, fingerprint
 from cfg_parallel.report import Report, median, of_each_step
 from cfg_parallel.successors import Successors
 from cfg_parallel.timing import elapsed_ms
+from cfg_parallel.trace import save, timeline
 from cfg_parallel.transports import ASKED_FOR, resolve
 
 _NEXT_LOOK = 0.05  # seconds, while a follower comes up
@@ -519,6 +520,11 @@ class Leading(CfgParallel):
                 self._report = self._make_report(self._generation)
             return self._report
 
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        with self._lock:
+            _ = self.report  # for which the followers are asked
+            save(self._timeline, path)
+
     def _make_report(self, generation: Generation) -> Report:
         remotes = self._leader.remotes
         on_gpu = self.devices[0].type == "cuda"
@@ -529,7 +535,8 @@ class Leading(CfgParallel):
         for remote in remotes:
             if remote.check() is None:
                 with contextlib.suppress(FollowerLostError):  # just now; the report says so
-                    statistics.append(remote.statistics())
+                    statistics.append(remote.statistics() | {"device": str(remote.device)})
+        self._timeline = timeline(generation, self.devices[0], remotes, statistics)
         sides = [forwards, *(each["forward_ms"] for each in statistics)]
         remote_forwards = [ms for side in sides[1:] for ms in side]
         receives = sum(elapsed_ms(*marks) for remote in remotes for marks in remote.sent.receives)

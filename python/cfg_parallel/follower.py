@@ -25,7 +25,7 @@ from cfg_parallel.errors import CfgParallelError, FollowerLostError
 from cfg_parallel.graphs import Graphs
 from cfg_parallel.link import Link
 from cfg_parallel.replica import clear_method_caches, receive_replica
-from cfg_parallel.timing import Mark, elapsed_ms, mark
+from cfg_parallel.timing import Mark, elapsed_ms, mark, on_host_clock
 from cfg_parallel.transports.nccl import NcclTransport
 from cfg_parallel.transports.peer import PeerTransport, accept
 
@@ -155,12 +155,14 @@ class Follower:
         if on_gpu:
             torch.cuda.synchronize(self._link.device)
         forwards = [elapsed_ms(*marks) for marks in self._timings]
+        at = on_host_clock(self._link.device)
         gaps = [elapsed_ms(before[1], after[0]) for before, after in itertools.pairwise(self._timings)]
         peak = torch.cuda.max_memory_allocated(self._link.device) if on_gpu else None
         self._link.send(
             {
                 "kind": "statistics",
                 "forward_ms": forwards,
+                "forwards_at": [(at(start), at(end)) for start, end in self._timings],
                 "wait_ms": sum(gaps),
                 "peak_bytes": peak,
                 "graphs": self._graphs.counts(),

@@ -67,12 +67,14 @@ class Step:
     branches: int = 0
     shipped: int = 0
     nodes: list[Node] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)  # when the last one was over
 
 
 @dataclass(slots=True)
 class Generation:
     """What happened since the pipeline was called: for placing calls, and for the report."""
 
+    started: float = field(default_factory=time.perf_counter)
     step: Step = field(default_factory=Step)
     steps: list[Step] = field(default_factory=list)
     local_calls: int = 0
@@ -83,7 +85,6 @@ class Generation:
     branches: dict[tuple[str, str], Branch] = field(default_factory=dict)  # by denoiser with a cache, and context
     given_up: set[int] = field(default_factory=set)  # followers that failed, or are not there
     has_warned: bool = False
-    started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
 
     def note(self, reason: str) -> None:

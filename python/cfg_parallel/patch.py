@@ -102,6 +102,11 @@ class CfgParallel:
         """What happened in the last generation. Waits for the device the first time it is asked for."""
         raise NotImplementedError
 
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what every process and device did in the last generation, for https://ui.perfetto.dev or
+        chrome://tracing."""
+        raise ConfigurationError("Only the leader has a trace; ask on rank 0.")
+
     def wait_until_ready(self, timeout: float = 180.0) -> bool:
         """Whether every follower serves. Lost ones are replaced; what is being started, or has to be started again, is
         waited for, for `timeout` seconds."""

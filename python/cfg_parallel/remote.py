@@ -83,9 +83,17 @@ class Sent:
     calls: int = 0
     bytes: int = 0
     bytes_back: int = 0
-    ship_ms: float = 0.0
-    wait_ms: float = 0.0  # the host's wait for launches
+    ships: list[tuple[float, float]] = field(default_factory=list)  # of the host, in seconds
+    waits: list[tuple[float, float]] = field(default_factory=list)  # for launches
     receives: list[tuple[Mark, Mark]] = field(default_factory=list)
+
+    @property
+    def ship_ms(self) -> float:
+        return 1e3 * sum(end - start for start, end in self.ships)
+
+    @property
+    def wait_ms(self) -> float:
+        return 1e3 * sum(end - start for start, end in self.waits)
 
 
 class RemoteFollower:
@@ -246,7 +254,7 @@ class RemoteFollower:
             self._unpulled.append(call)
         self.sent.calls += 1
         self.sent.bytes += self.link.bytes_sent - before
-        self.sent.ship_ms += (time.perf_counter() - start) * 1e3
+        self.sent.ships.append((start, time.perf_counter()))
         return call
 
     def read_until(self, call: RemoteCall) -> dict[str, Any]:
@@ -257,7 +265,7 @@ class RemoteFollower:
                 if header["kind"] == "error":
                     self._residents.clear()  # who knows which arguments it has kept
                 self._unread.popleft().header = header
-            self.sent.wait_ms += (time.perf_counter() - start) * 1e3
+            self.sent.waits.append((start, time.perf_counter()))
         return call.header
 
     def pull_until(self, call: RemoteCall) -> None:

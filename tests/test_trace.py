@@ -1,0 +1,68 @@
+"""The timeline of a generation: what ran when, on which device of which process, on one clock."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cfg_parallel
+from cfg_parallel import ConfigurationError, cli
+from helpers_demo import demo_model
+from tiny import TINY, generate, picture
+
+pytestmark = pytest.mark.usefixtures("forked")
+
+
+def events_of(path: Path) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sd15"])
+def test_a_trace_has_every_forward_in_its_step(name: str, tmp_path: Path) -> None:
+    tiny = TINY[name]
+    pipe = tiny.build()
+    path = tmp_path / "trace.json"
+    with cfg_parallel.enable_cfg_parallel(pipe, devices=["cpu", "cpu"]) as handle:
+        with pytest.raises(ConfigurationError, match="before the first generation"):
+            handle.save_trace(path)
+        for _ in range(2):
+            generate(pipe, tiny.inputs(num_inference_steps=4))
+        handle.save_trace(path)
+        report = handle.report
+        with pytest.raises(ConfigurationError, match="cannot be written"):
+            handle.save_trace(tmp_path / "no" / "trace.json")
+    events = events_of(path)
+    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"leader", "follower", "host", "cpu"} <= names
+    spans = [event for event in events if event["ph"] == "X"]
+    assert all(0 <= event["ts"] <= report.seconds * 1e6 and event["dur"] >= 0 for event in spans)
+    steps = [event for event in spans if event["name"].startswith("step ")]
+    assert len(steps) == report.steps
+    assert all(abs(a["ts"] + a["dur"] - b["ts"]) < 1 for a, b in itertools.pairwise(steps))
+    leader, follower = (
+        [event for event in spans if event["pid"] == process and event["name"] == "forward"] for process in (0, 1)
+    )
+    assert len(leader) == report.calls_local and len(follower) == report.calls_shipped == report.steps
+    assert sum("ship a call" in event["name"] for event in spans) == report.calls_shipped
+    for step, there in zip(steps, follower, strict=True):  # one clock for both processes
+        assert step["ts"] <= there["ts"] and there["ts"] + there["dur"] <= step["ts"] + step["dur"] + 1
+    assert sum(event["dur"] for event in follower) / 1e3 == pytest.approx(report.follower_busy_ms, rel=1e-3)
+
+
+def test_the_command_writes_one(tmp_path: Path) -> None:
+    photo, out, trace = tmp_path / "photo.png", tmp_path / "out.png", tmp_path / "trace.json"
+    picture(0, 48, 48).save(photo)
+    arguments = ["edit", f"--model={demo_model()}", f"--image={photo}", "--prompt=a cat", "--negative-prompt=bad"]
+    arguments += ["--height=64", "--width=64", "--num-inference-steps=2", "--devices=cpu,cpu", f"--output={out}"]
+    assert cli.main([*arguments, f"--trace={trace}"]) == 0
+    assert out.exists() and len(events_of(trace)) > 10
+    assert cli.main([*arguments, f"--trace={tmp_path / 'no' / 'trace.json'}"]) == 2
+    assert (
+        cli.main([*arguments[:-2], "--devices=cpu", "--cfg-parallel-size=1", f"--output={out}", f"--trace={trace}"])
+        == 2
+    )
