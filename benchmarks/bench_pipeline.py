@@ -116,7 +116,7 @@ class Bench:
 
     def inputs(self, steps: int) -> dict[str, Any]:
         args = self.args
-        return models.inputs(
+        inputs = models.inputs(
             args.model,
             size=args.size,
             steps=steps,
@@ -126,12 +126,14 @@ class Bench:
             scale=args.scale,
             image=self.image,
         )
+        return inputs | ({"output_type": "latent"} if getattr(args, "latents", False) else {})
 
     def generate(self, steps: int, clock: StepClock | None = None, **changes: Any) -> np.ndarray:
-        """One generation with the run's seed. Returns the picture (or the frames) as floats in [0, 1]."""
+        """One generation with the run's seed: the picture (or the frames) as floats in [0, 1], or the latents."""
         hooks = {} if clock is None else {"callback_on_step_end": clock, "callback_on_step_end_tensor_inputs": []}
         output = self.pipe(**(self.inputs(steps) | changes), **hooks)
-        picture = np.asarray(output.frames if hasattr(output, "frames") else output.images)
+        shown = output.frames if hasattr(output, "frames") else output.images
+        picture = shown.float().cpu().numpy() if isinstance(shown, torch.Tensor) else np.asarray(shown)
         if not np.isfinite(picture).all():
             raise BenchmarkError(f"{self.args.model} made a picture with nan or inf in it.")
         if picture.std() < 1e-3:
@@ -292,6 +294,7 @@ def row(
         "equal_to": reference_name,
         "differing": max(float((picture != reference).mean()) for picture in got.pictures),
         "picture_std": round(float(got.pictures[0].std()), 4),
+        "latents": getattr(args, "latents", False),
         "repeat": args.repeat,
         "dtype": args.dtype,
         "seed": args.seed,

@@ -622,6 +622,7 @@ def worker_command(args: argparse.Namespace, job: Job, rows: Path) -> list[str]:
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(rows), "--models", job.name]
     for name in ("steps", "repeat", "transport", "scale", "dtype", "seed"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += ["--latents"] * args.latents
     return [*command, "--modes", ",".join(job.modes), "--devices", ",".join(args.devices)]
 
 
@@ -765,6 +766,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", default="real", choices=["real", "tiny"], help="tiny: for a dry run")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, tiny: float32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--latents", action="store_true", help="compare latents, and decode none: a video takes seconds"
+    )
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that a model and size may take")
     parser.add_argument("--out", type=Path, help="JSON file to merge the rows into (default: none is written)")
     parser.add_argument("--chart", type=Path, help="PNG file to draw the speed-ups into, of all rows in --out")
