@@ -54,6 +54,17 @@ def test_a_trace_has_every_forward_in_its_step(name: str, tmp_path: Path) -> Non
     assert sum(event["dur"] for event in follower) / 1e3 == pytest.approx(report.follower_busy_ms, rel=1e-3)
 
 
+def test_a_generation_that_fails_before_its_first_step_has_a_trace(tmp_path: Path) -> None:
+    tiny = TINY["qwen_image"]
+    pipe = tiny.build()
+    with cfg_parallel.enable_cfg_parallel(pipe, devices=["cpu", "cpu"]) as handle:
+        with pytest.raises(ZeroDivisionError):
+            generate(pipe, tiny.inputs(num_inference_steps=0))
+        handle.save_trace(tmp_path / "trace.json")
+        assert handle.report.steps == 0
+    assert not [event for event in events_of(tmp_path / "trace.json") if event["ph"] == "X"]
+
+
 def test_the_command_writes_one(tmp_path: Path) -> None:
     photo, out, trace = tmp_path / "photo.png", tmp_path / "out.png", tmp_path / "trace.json"
     picture(0, 48, 48).save(photo)

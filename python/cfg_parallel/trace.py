@@ -41,7 +41,7 @@ def timeline(
             events.append(event | {"ts": (begin - start) * 1e6, "dur": max(0.0, end - begin) * 1e6, "args": {"i": i}})
 
     ends = [step.began for step in generation.steps[1:]] + [start + generation.seconds]
-    for i, (step, end) in enumerate(zip(generation.steps, ends, strict=True)):
+    for i, (step, end) in enumerate(zip(generation.steps, ends, strict=False)):
         add(0, _HOST, f"step {i + 1}: {step.branches} calls, {step.shipped} shipped", [(step.began, end)])
     add(0, _DEVICE, "forward", ((at(a), at(b)) for a, b in generation.forwards))
     for remote in remotes:
