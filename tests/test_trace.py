@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cfg_parallel
-from cfg_parallel import ConfigurationError, cli
+from cfg_parallel import ConfigurationError, cli, timing
 from helpers_demo import demo_model
 from tiny import TINY, generate, picture
 
@@ -77,3 +78,21 @@ def test_the_command_writes_one(tmp_path: Path) -> None:
         cli.main([*arguments[:-2], "--devices=cpu", "--cfg-parallel-size=1", f"--output={out}", f"--trace={trace}"])
         == 2
     )
+
+
+def test_marks_of_a_gpu_on_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, ms: float) -> None:
+            self.ms = ms
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.ms - self.ms
+
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr(timing, "mark", lambda device: Event(500.0))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 100.0)
+    at = timing.on_host_clock(torch.device("cuda", 0))
+    early, late = (Event(ms) for ms in (200.0, 450.0))
+    assert at(early) == pytest.approx(99.7) and at(late) == pytest.approx(99.95)  # type: ignore[arg-type]

@@ -207,6 +207,7 @@ class Leading(CfgParallel):
         self._running = False
         self._last_seconds = 0.0
         self._report: Report | None = None
+        self._statistics: list[dict[str, Any]] = []  # what the followers have answered for it
         self._generation: Generation | None = None
         self._shipped: dict[str, Any] = {}
         self._guidance: dict[str, Any] = {}
@@ -523,7 +524,8 @@ class Leading(CfgParallel):
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         with self._lock:
             _ = self.report  # for which the followers are asked
-            save(self._timeline, path)
+            assert self._generation is not None
+            save(timeline(self._generation, self.devices[0], self._leader.remotes, self._statistics), path)
 
     def _make_report(self, generation: Generation) -> Report:
         remotes = self._leader.remotes
@@ -536,7 +538,7 @@ class Leading(CfgParallel):
             if remote.check() is None:
                 with contextlib.suppress(FollowerLostError):  # just now; the report says so
                     statistics.append(remote.statistics() | {"device": str(remote.device)})
-        self._timeline = timeline(generation, self.devices[0], remotes, statistics)
+        self._statistics = statistics
         sides = [forwards, *(each["forward_ms"] for each in statistics)]
         remote_forwards = [ms for side in sides[1:] for ms in side]
         receives = sum(elapsed_ms(*marks) for remote in remotes for marks in remote.sent.receives)
