@@ -118,16 +118,32 @@ def test_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "missing_reason", lambda: None)
 
     class Built:
-        archs = "80;90"
+        archs = "80-real 90-real 100"
 
         def build_info(self) -> dict[str, str]:
             return {"cuda": "13.0", "archs": self.archs}
 
     monkeypatch.setattr(extension, "load", Built)
     assert doctor._module().status == "ok"
-    monkeypatch.setattr(Built, "archs", "80")
+    monkeypatch.setattr(Built, "archs", "80-real 100")
     found = doctor._module()
     assert found.status == "error" and "CFG_PARALLEL_CUDA_ARCHS=90" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80-real 90-real 100", (9, 0), True),
+        ("80-real 90-real 100", (8, 6), True),
+        ("80-real 90-real 100", (7, 5), False),
+        ("80-real 90-real 100", (12, 0), True),  # by the PTX for 10.0
+        ("80-real", (9, 0), False),
+        ("90", (9, 0), True),
+        ("86-real", (8, 0), False),
+    ],
+)
+def test_what_runs_where(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert doctor._runs_on(archs, *capability) is runs
 
 
 def model_of(folder: Path, class_name: str, **sizes: int) -> str:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -138,10 +139,7 @@ def _module() -> Finding:
     message = f"built with CUDA {built['cuda']} for {built['archs']}"
     for gpu in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(gpu)
-        # Code for 8.0 runs on 8.6, that for 9.0 on nothing else but what has it as PTX.
-        if not any(
-            int(arch[:-1]) == major for arch in built["archs"].replace(",", ";").split(";") if arch[:-1].isdigit()
-        ):
+        if not _runs_on(built["archs"], major, minor):
             return Finding(
                 "CUDA module",
                 "error",
@@ -149,6 +147,16 @@ def _module() -> Finding:
                 f"build it with CFG_PARALLEL_CUDA_ARCHS={major}{minor}",
             )
     return Finding("CUDA module", "ok", message)
+
+
+def _runs_on(archs: str, major: int, minor: int) -> bool:
+    """Whether a GPU runs code for `archs`, as CMake writes them: machine code for its generation, or PTX of an older."""
+    for number, kind in re.findall(r"(\d+)(-real|-virtual)?", archs):
+        if kind != "-virtual" and int(number) // 10 == major and int(number) % 10 <= minor:
+            return True
+        if kind != "-real" and int(number) <= 10 * major + minor:
+            return True
+    return False
 
 
 def _kernels() -> Finding:
