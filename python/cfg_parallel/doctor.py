@@ -150,7 +150,7 @@ def _module() -> Finding:
 
 
 def _runs_on(archs: str, major: int, minor: int) -> bool:
-    """Whether a GPU runs code for `archs`, as CMake writes them: machine code for its generation, or PTX of an older."""
+    """Whether a GPU runs code for `archs`, as CMake writes them: machine code of its generation, or an older PTX."""
     for number, kind in re.findall(r"(\d+)(-real|-virtual)?", archs):
         if kind != "-virtual" and int(number) // 10 == major and int(number) % 10 <= minor:
             return True
