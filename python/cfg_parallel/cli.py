@@ -109,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from cfg_parallel.serving.settings import Settings
+
     add = parser.add_argument
     add(
         "model",
@@ -138,10 +140,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="of all replicas, one after the other, such as cuda:0,cuda:1 or cpu,cpu (default: GPUs, or CPU processes)",
     )
-    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="default: %(default)s")
-    add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
-    add("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help="default: %(default)s")
-    add("--compile", choices=["auto", "regional", "full", "off"], default="off", help="default: %(default)s")
+    _add_engine_arguments(parser)
     add("--served-model-name", metavar="NAME", help="for clients (default: MODEL)")
     add(
         "--api-key",
@@ -150,13 +149,16 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="what clients send as a bearer token (default: CFG_PARALLEL_API_KEY, or none is needed)",
     )
-    add("--max-queue", type=_count, default=32, metavar="N", help="requests that may wait (default: %(default)s)")
-    add("--max-steps", type=_steps, default=200, metavar="N", help="of a request (default: %(default)s)")
-    add("--max-pixels", type=_positive_int, default=2048 * 2048, metavar="N", help="of a result (default: %(default)s)")
-    add(
-        "--max-outputs", type=_positive_int, default=4, metavar="N", help="pictures of a request (default: %(default)s)"
-    )
-    add("--max-request-mb", type=_positive, default=64.0, metavar="MB", help="of a body (default: %(default)s)")
+    limits: list[tuple[str, Callable[[str], float], str, str]] = [
+        ("--max-queue", _count, "N", "requests that may wait"),
+        ("--max-steps", _steps, "N", "of a request"),
+        ("--max-pixels", _positive_int, "N", "of a result"),
+        ("--max-outputs", _positive_int, "N", "pictures of a request"),
+        ("--max-request-mb", _positive, "MB", "of a body"),
+    ]
+    for flag, kind, unit, of in limits:
+        default = getattr(Settings, flag.removeprefix("--").replace("-", "_"))
+        add(flag, type=kind, default=default, metavar=unit, help=f"{of} (default: %(default)s)")
     add("--allow-remote-images", action="store_true", help="fetch the http(s) URLs of pictures in chats")
     add("--log-prompts", action="store_true", help="write prompts into the log")
     add("--omni", action="store_true", help=argparse.SUPPRESS)  # of vLLM-Omni's command
@@ -173,7 +175,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     if (missing := _missing_for_serve()) is not None:
         raise ConfigurationError(f"`serve` needs {missing}: pip install 'cfg-parallel[serve]'.")
-    from cfg_parallel.preflight import choose_devices, fetch_model_index, find_pipeline_class, read_model_index
+    from cfg_parallel.preflight import (
+        choose_devices,
+        enable_arguments,
+        fetch_model_index,
+        find_pipeline_class,
+        read_model_index,
+    )
     from cfg_parallel.serving.server import bind, serve
     from cfg_parallel.serving.settings import Settings, check_factory, is_factory
 
@@ -192,17 +200,12 @@ def _serve(args: argparse.Namespace) -> int:
     devices = choose_devices(size * args.replicas, args.devices, args.transport)
     if not is_factory(args.model):
         find_pipeline_class(args.model, index or fetch_model_index(args.model))
-    enable = {
-        "transport": args.transport,
-        "cuda_graphs": {"auto": "auto", "on": True, "off": False}[args.cuda_graphs],
-        "compile": {"auto": True, "off": False}.get(args.compile, args.compile),
-    }
     settings = Settings(
         model=args.model,
         devices=tuple(devices),
         replicas=args.replicas,
         dtype=args.dtype,
-        enable=tuple(enable.items()),
+        enable=tuple(enable_arguments(args.transport, args.cuda_graphs, args.compile).items()),
         served_model_name=args.served_model_name,
         api_key=args.api_key,
         max_queue=args.max_queue,
@@ -221,6 +224,20 @@ def _missing_for_serve() -> str | None:
 
     needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
     return next((name for name in needed if importlib.util.find_spec(name) is None), None)
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a pipeline is loaded and enabled; `preflight.enable_arguments` makes arguments of them."""
+    add = parser.add_argument
+    add(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="auto is bfloat16 on GPUs and float32 on CPUs (default: %(default)s)",
+    )
+    add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
+    add("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help="default: %(default)s")
+    add("--compile", choices=["auto", "regional", "full", "off"], default="off", help="default: %(default)s")
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -249,20 +266,12 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=_pixels, metavar="PIXELS", help="default: the model's")
     add("--width", type=_pixels, metavar="PIXELS", help="default: the model's")
     add(
-        "--dtype",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        default="auto",
-        help="auto is bfloat16 on GPUs and float32 on CPUs (default: %(default)s)",
-    )
-    add(
         "--devices",
         type=_devices,
         metavar="LIST",
         help="such as cuda:0,cuda:1 or cpu,cpu; the first leads (default: GPUs, or CPU processes without a GPU)",
     )
-    add("--transport", choices=["auto", "host", "nccl", "peer"], default="auto", help="default: %(default)s")
-    add("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help="default: %(default)s")
-    add("--compile", choices=["auto", "regional", "full", "off"], default="off", help="default: %(default)s")
+    _add_engine_arguments(parser)
     add("--compare", action="store_true", help="run one device first and compare time and picture")
     add(
         "--trace", type=_path, metavar="FILE", help="write a timeline of all processes and devices, for ui.perfetto.dev"

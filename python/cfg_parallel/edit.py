@@ -15,6 +15,7 @@ from cfg_parallel.loading import load_pipeline, share_cpu_threads
 from cfg_parallel.preflight import (
     call_arguments,
     choose_devices,
+    enable_arguments,
     fetch_model_index,
     find_pipeline_class,
     first_line,
@@ -77,9 +78,7 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
         pipe,
         cfg_parallel_size=len(devices),
         devices=devices,
-        transport=args.transport,
-        cuda_graphs={"auto": "auto", "on": True, "off": False}[args.cuda_graphs],  # type: ignore[arg-type]
-        compile={"auto": True, "off": False}.get(args.compile, args.compile),
+        **enable_arguments(args.transport, args.cuda_graphs, args.compile),
     ) as handle:
         started_s = time.perf_counter() - start
         many = _generate(pipe, call, args, devices[0])

@@ -171,6 +171,15 @@ def pictures_of(pipeline_class: type) -> tuple[bool, bool, bool]:
     return takes, takes and name not in _IMAGE_OPTIONAL, name in _SEVERAL_IMAGES
 
 
+def enable_arguments(transport: str, cuda_graphs: str, compile: str) -> dict[str, Any]:
+    """What `enable_cfg_parallel` calls the values of these flags."""
+    return {
+        "transport": transport,
+        "cuda_graphs": {"auto": "auto", "on": True, "off": False}[cuda_graphs],
+        "compile": {"auto": True, "off": False}.get(compile, compile),
+    }
+
+
 def choose_devices(size: int, devices: list[str] | None, transport: str) -> list[str]:
     """The devices asked for, after a check that they exist; by default GPUs or, without a GPU, CPU processes."""
     import torch

@@ -22,6 +22,7 @@ except ImportError as error:
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cfg_parallel.errors import ConfigurationError
+from cfg_parallel.preflight import enable_arguments
 from cfg_parallel.serving.schemas import error_of
 from cfg_parallel.serving.settings import Settings
 
@@ -75,11 +76,7 @@ class _Arguments(BaseModel):
 
     def settings(self) -> Settings:
         """Of one group: the replicas are Ray's."""
-        enable = {
-            "transport": self.transport,
-            "cuda_graphs": {"on": True, "off": False}.get(self.cuda_graphs, self.cuda_graphs),
-            "compile": {"auto": True, "off": False}.get(self.compile, self.compile),
-        }
+        enable = enable_arguments(self.transport, self.cuda_graphs, self.compile)
         ours = self.model_dump(exclude={"replicas"})
         same = {each.name: ours[each.name] for each in fields(Settings) if each.name in ours}
         return Settings(**same, enable=tuple(enable.items()))

@@ -51,7 +51,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.replicas = [Replica(settings, number, tell) for number in range(settings.replicas)]
+        self.replicas = [Replica(settings, number) for number in range(settings.replicas)]
         self.dispatcher = Dispatcher(self.replicas, settings.max_queue, self._made)
         self.created = int(time.time())
         self._fetching = ThreadPoolExecutor(_FETCHES, "cfg-parallel-fetch")

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from cfg_parallel.errors import ConfigurationError
+from cfg_parallel.serving.observability import tell
 from cfg_parallel.serving.schemas import ApiError
 from cfg_parallel.serving.work import Facts
 
@@ -24,11 +25,9 @@ _TRIES = 5  # processes in a row that end before they have made a picture
 _PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before each
 _END = 5.0  # seconds for a process to end by itself
 
-Tell = Callable[..., None]  # an event, and what there is to say of it
-
 
 class Replica:
-    def __init__(self, settings: Settings, number: int, tell: Tell) -> None:
+    def __init__(self, settings: Settings, number: int) -> None:
         self.number = number
         self.devices = settings.devices_of(number)
         self.state = "starting"  # then "ready", "lost" (until the next process is up) or "failed"
@@ -38,7 +37,6 @@ class Replica:
         self.follower_restarts = 0
         self.job: Job | None = None
         self._settings = settings
-        self._tell = tell
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._sending = threading.Lock()
@@ -83,7 +81,7 @@ class Replica:
         except (EOFError, OSError):
             pass
         except Exception as error:  # a message that cannot be read, or a loop that is closed
-            self._tell("unreadable message", "error", replica=self.number, error=repr(error))
+            tell("unreadable message", "error", replica=self.number, error=repr(error))
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
         process.kill()
@@ -98,7 +96,7 @@ class Replica:
             (self.facts,) = what
             self.state = "ready"
             self._changed.set()
-            self._tell("replica ready", replica=self.number, devices=list(self.devices), pipeline=self.facts.pipeline)
+            tell("replica ready", replica=self.number, devices=list(self.devices), pipeline=self.facts.pipeline)
         elif kind == "unusable":
             self.failure = what[0]
         elif kind == "followers":
@@ -106,9 +104,9 @@ class Replica:
             self.follower_restarts = self._restarts_before + restarts
             for follower in self.followers:
                 if follower.lost is not None:
-                    self._tell("follower lost", "warning", replica=self.number, reason=follower.lost)
+                    tell("follower lost", "warning", replica=self.number, reason=follower.lost)
         elif kind == "warning":
-            self._tell("warning", "warning", replica=self.number, text=what[0], **self._request())
+            tell("warning", "warning", replica=self.number, text=what[0], **self._request())
         elif self.job is None or self.job.work.id != what[0]:
             return  # of a job that was given up
         elif kind == "step":
@@ -141,10 +139,10 @@ class Replica:
         if self.facts is None or self._ended >= _TRIES:
             self.state, self.failure = "failed", why
             self._changed.set()
-            self._tell("replica failed", "error", replica=self.number, reason=why)
+            tell("replica failed", "error", replica=self.number, reason=why)
             self.failed()
             return
-        self._tell("replica lost", "error", replica=self.number, reason=why)
+        tell("replica lost", "error", replica=self.number, reason=why)
         self.failure = None
         asyncio.get_running_loop().call_later(_PAUSES[self._ended], self._start_again)
 
