@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -68,6 +72,31 @@ def test_what_is_compiled(name: str, mode: Any, expected: list[str]) -> None:
     assert not is_compiled(denoiser)
     for key, weight in denoiser.named_parameters():
         assert weight.stride() == before[key][0] and torch.equal(weight, before[key][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (None, {"deterministic": True}),
+        ({"dynamic": False}, {"deterministic": True}),
+        ({"options": {"epilogue_fusion": True}}, {"deterministic": True, "epilogue_fusion": True}),
+        ({"options": {"deterministic": False}}, {"deterministic": False}),
+    ],
+)
+def test_inductor_is_deterministic_unless_told_otherwise(options: Any, expected: dict[str, Any]) -> None:
+    """Also on a follower, which gets the arguments from the compiled module."""
+    block = torch.nn.Linear(2, 2)
+    compiling.compile_denoiser("denoiser", block, "full", options)
+    (found,) = find_compiled(block)
+    assert {key: found.arguments["options"][key] for key in expected} == expected
+    assert found.arguments["dynamic"] is (options or {}).get("dynamic")
+
+
+def test_a_mode_of_inductor_is_left_as_it_is() -> None:
+    block = torch.nn.Linear(2, 2)
+    compiling.compile_denoiser("denoiser", block, "full", {"mode": "max-autotune-no-cudagraphs"})
+    (found,) = find_compiled(block)
+    assert "deterministic" not in found.arguments["options"] and found.arguments["options"]["max_autotune"]
 
 
 def test_regional_needs_repeated_blocks() -> None:
@@ -408,3 +437,31 @@ def test_progress_is_a_line(capfd: pytest.CaptureFixture[str]) -> None:
         shown = capfd.readouterr().err
         assert shown.count("cfg-parallel: compiling on cpu, once for each kind of call ...") == (not disable)
         assert shown.count("cfg-parallel: compiled in ") == (not disable)
+
+
+COMPILED_BITS = """
+import hashlib, sys; sys.path.insert(0, {tests!r})
+import cfg_parallel
+from tiny import TINY, generate
+for name in ("qwen_image", "sd15"):
+    pipe = TINY[name].build().to("cuda")
+    with cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=1, compile=True, cuda_graphs=True):
+        for _ in range(2):
+            result = generate(pipe, TINY[name].inputs(num_inference_steps=6))
+    print(hashlib.sha256(result.float().cpu().numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.gpu
+def test_every_process_compiles_the_same_bits(tmp_path: Path) -> None:
+    """Each with kernels of its own, as on machines that share no cache."""
+    script = COMPILED_BITS.format(tests=str(Path(__file__).parent))
+    printed = []
+    for folder in ("a", "b"):
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder), "TRITON_CACHE_DIR": str(tmp_path / folder / "t")}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | caches, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed.append(done.stdout.split())
+    assert len(printed[0]) == 2 and printed[0] == printed[1]

@@ -62,7 +62,10 @@ def compile_denoiser(
     """Have `module` compiled when it is called, in place; returns what takes that back.
 
     True is "regional" (the repeated blocks, one compilation for all) for transformers made of them and "full" for the
-    others. Convolutions get weights in the channels_last format, which is theirs on a GPU."""
+    others. Convolutions get weights in the channels_last format, which is theirs on a GPU.
+
+    Inductor times variants of a reduction where it compiles, and sums in the order of the fastest: another one in
+    another process. Its deterministic mode is therefore the default here, and every device gets the same bits."""
     if is_compiled(module):
         raise ConfigurationError(
             f"The denoiser {name!r} is compiled already; leave compile= out, or its own compile()."
@@ -81,13 +84,21 @@ def compile_denoiser(
         for weight in converted:
             weight.data = weight.data.contiguous()
 
+    arguments = _deterministic(options or {})
     try:
         for part in parts:
-            part.compile(**(options or {}))
+            part.compile(**arguments)
     except BaseException:
         undo()
         raise
     return undo
+
+
+def _deterministic(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with Inductor's deterministic mode, unless they choose another mode, backend or `deterministic`."""
+    if "mode" in options or options.get("backend", "inductor") != "inductor":
+        return dict(options)
+    return {**options, "options": {"deterministic": True, **(options.get("options") or {})}}
 
 
 def _repeated_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:

@@ -39,6 +39,7 @@ from cfg_parallel.successors import Successors
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.trace import save, timeline
 from cfg_parallel.transports import ASKED_FOR, resolve
+from cfg_parallel.vision import pictures_seen_once
 
 _NEXT_LOOK = 0.05  # seconds, while a follower comes up
 _GUIDANCE_ARGUMENTS = (
@@ -87,7 +88,8 @@ def enable_cfg_parallel(
         compile: torch.compile on every device, another image than eager PyTorch's: "regional" (the denoiser's repeated
             blocks, the quickest), "full" (all of it, in minutes), or True: what suits the model. CUDA graphs are made
             of compiled forwards too. Compiles in the first calls; a UNet's weights become channels_last.
-        compile_options: arguments of torch.compile, such as mode="max-autotune-no-cudagraphs".
+        compile_options: arguments of torch.compile, such as mode="max-autotune-no-cudagraphs". Without a mode,
+            Inductor's deterministic mode is added to them: else each process gets other bits.
         prepare: a function of the denoiser, called with it before it is used and with its copy on every device: sets an
             attention backend, quantizes, patches a library. As it gets copies of what it has prepared, it must leave
             alone what is done already.
@@ -360,7 +362,8 @@ class Leading(CfgParallel):
                 reset(denoiser.module)
                 self._leader.reset(denoiser)
                 self._leader.know_hooks(denoiser)
-            output = call(*args, **kwargs)
+            with pictures_seen_once(list(self._pipe().__dict__.values())):
+                output = call(*args, **kwargs)
             if any(isinstance(tensor, PendingPrediction) for tensor in tensors_in(output)):
                 output = map_tensors(output, settle)
             settle_all()
