@@ -110,9 +110,18 @@ def extensions() -> list[Extension]:
 setup(
     # The Triton kernels lie at the top level of the repository and are installed inside the package: a top-level
     # `triton_kernels` is another project's name on PyPI.
-    package_dir={"": "python", "cfg_parallel.triton_kernels": "triton_kernels"},
-    packages=[*find_packages("python"), "cfg_parallel.triton_kernels"],
-    package_data={"cfg_parallel": ["py.typed", "*.pyi", "*.json"], "cfg_parallel.serving": ["page/*"]},
+    # So do the benchmarks, which `cfg-parallel bench` runs as scripts.
+    package_dir={
+        "": "python",
+        "cfg_parallel.triton_kernels": "triton_kernels",
+        "cfg_parallel.harness.benchmarks": "benchmarks",
+    },
+    packages=[*find_packages("python"), "cfg_parallel.triton_kernels", "cfg_parallel.harness.benchmarks"],
+    package_data={
+        "cfg_parallel": ["py.typed", "*.pyi", "*.json"],
+        "cfg_parallel.serving": ["page/*"],
+        "cfg_parallel.harness.benchmarks": ["results/*.json"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildWithCMake},
 )

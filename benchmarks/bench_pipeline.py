@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import platform
 import statistics
 import sys
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import models
 from benchmarks.results_file import markdown_table, merge_rows
 from benchmarks.timing import some_of
+from cfg_parallel.stopwatch import stopwatch
 
 # What each two-GPU mode passes to enable_cfg_parallel.
 TWO_GPU_MODES: dict[str, dict[str, Any]] = {
@@ -94,6 +96,7 @@ class Measured:
 
     step_ms: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
+    stages_s: list[dict[str, float]] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
     peak_gib: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -146,12 +149,19 @@ class Bench:
         self.synchronize()
         if self.leader.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.leader)
-        start = time.perf_counter()
-        picture = self.generate(self.args.steps, clock)
-        self.synchronize()
-        total = time.perf_counter() - start
+        with stopwatch(self.pipe, str(self.leader)) as times:
+            picture = self.generate(self.args.steps, clock)
+        total = times.end - times.start
+        parts = {"encode_s": times.begun - times.start, "denoise_s": times.denoised - times.begun}
+        parts["decode_s"] = times.end - times.denoised
+        if not getattr(self.args, "latents", False) and picture.ndim == 4:  # no video
+            start = time.perf_counter()
+            as_image(picture[0]).save(io.BytesIO(), "png")
+            parts["png_s"] = time.perf_counter() - start
+            total += parts["png_s"]
         step_ms = clock.step_ms()
         into.step_ms += step_ms
+        into.stages_s.append(parts)
         into.total_s.append(total)
         into.pictures.append(picture)
         if self.leader.type == "cuda":
@@ -166,6 +176,11 @@ class Bench:
     @property
     def denoiser(self) -> torch.nn.Module:
         return getattr(self.pipe, models.spec(self.args.model).denoiser_attribute)
+
+
+def as_image(picture: np.ndarray) -> Image.Image:
+    """As diffusers makes an image of floats."""
+    return Image.fromarray((picture * 255).round().astype("uint8"))
 
 
 @contextmanager
@@ -254,7 +269,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 two.extra["report"] = handle.report.to_dict()
                 say(f"report\n{handle.report}")
     for mode in [mode for mode in modes if "compile" in TWO_GPU_MODES[mode]]:
-        with cfg_parallel.enable_cfg_parallel(bench.pipe, cfg_parallel_size=1, **TWO_GPU_MODES[mode]):
+        # Not for shapes that vary: one GPU sees two prompts, and would decide so.
+        settings = TWO_GPU_MODES[mode] | {"compile_options": {"dynamic": False}}
+        with cfg_parallel.enable_cfg_parallel(bench.pipe, cfg_parallel_size=1, **settings):
             references[mode] = bench.generate(args.steps), "one GPU, compiled"
         if reference_name != ONE_GPU:
             modes[mode].extra |= {"equal": None, "why": "one GPU compiles the forward of a batch, which is another"}
@@ -288,6 +305,7 @@ def row(
         "ms_p10": round(float(p10), 3),
         "ms_p90": round(float(p90), 3),
         "total_s": round(statistics.median(got.total_s), 3),
+        **stages(got),
         "speedup": round(statistics.median(one.step_ms) / median, 4),
         "speedup_total": round(statistics.median(one.total_s) / statistics.median(got.total_s), 4),
         "equal": all(np.array_equal(picture, reference) for picture in got.pictures),
@@ -308,13 +326,19 @@ def row(
     }
 
 
+def stages(got: Measured) -> dict[str, float]:
+    """Medians of the seconds of each part of a generation."""
+    names = got.stages_s[0] if got.stages_s else {}
+    return {name: round(statistics.median(times[name] for times in got.stages_s), 3) for name in names}
+
+
 def save_pictures(folder: Path, model: str, pictures: dict[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for mode, picture in pictures.items():
         while picture.ndim > 3:  # batch, and the frames of a video
             picture = picture[0]
         path = folder / f"{model}-{mode}.png"
-        Image.fromarray((picture * 255).round().astype("uint8")).save(path)
+        as_image(picture).save(path)
         say(f"wrote {path}")
 
 

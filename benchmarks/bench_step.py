@@ -299,6 +299,7 @@ def in_two_processes(mode: str, bench: Bench) -> Iterator[Round]:
                 leader, follower = answers(ranks)
                 into.step_ms += leader.step_ms
                 into.total_s += leader.total_s
+                into.stages_s += leader.stages_s
                 into.pictures += leader.pictures
                 into.extra |= extra
                 if leader.peak_gib is not None:
@@ -446,8 +447,9 @@ def work(args: argparse.Namespace) -> Outcome:
         needed = partial(needed_memory, bench=bench, peak=peak, resting=resting)
         beside, waiting = one_group(bench, waiting, outcome, needed)
         one = beside.pop(ONE_GPU)
-        for measured, part in ((baseline.step_ms, one.step_ms), (baseline.total_s, one.total_s)):
-            measured.extend(part)
+        baseline.step_ms += one.step_ms
+        baseline.total_s += one.total_s
+        baseline.stages_s += one.stages_s
         baseline.pictures += one.pictures
         baseline.peak_gib = one.peak_gib
         for mode, got in beside.items():
@@ -568,6 +570,8 @@ def left_out(mode: str, model: str, devices: Sequence[str]) -> str | None:
         return None
     if MODES[mode].gpu_only and devices[0] == "cpu":
         return "it needs GPUs"
+    if MODES[mode].size > len(devices):
+        return "it needs two devices"
     if mode == "ulysses":
         denoiser = models.spec(model).denoiser
         if not hasattr(diffusers, "ContextParallelConfig"):
@@ -761,7 +765,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", type=some_of(ONE_GPU, *MODES), default=list(MODES), help="one or several")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=3, help="rounds: the baseline and each mode in turn")
-    parser.add_argument("--devices", default="cuda:0,cuda:1", help="leader,follower")
+    parser.add_argument("--devices", default="cuda:0,cuda:1", help="leader,follower; one GPU: without the two-GPU modes")
     parser.add_argument("--transport", default="auto", choices=["auto", "peer", "nccl", "host"])
     parser.add_argument("--scale", default="real", choices=["real", "tiny"], help="tiny: for a dry run")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, tiny: float32")
@@ -779,8 +783,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.scale == "real" else "float32")
     args.modes = list(dict.fromkeys(args.modes if args.worker else [ONE_GPU, *args.modes]))
     args.image = None  # the sample photograph
-    if len(args.devices) != 2:
-        parser.error(f"--devices: expected leader,follower, but got {','.join(args.devices)}")
+    if len(args.devices) not in (1, 2):
+        parser.error(f"--devices: expected leader,follower, or one GPU, but got {','.join(args.devices)}")
     check_devices(parser, args.devices)
     if args.steps <= SKIPPED_STEPS:
         parser.error(f"--steps: expected at least {SKIPPED_STEPS + 1}: the first {SKIPPED_STEPS} steps are not counted")
@@ -819,8 +823,8 @@ def check_devices(parser: argparse.ArgumentParser, names: list[str]) -> None:
             parser.error(f"--devices: {name!r} is no device; use cuda:0,cuda:1; {dry}")
     if names == ["cpu", "cpu"]:
         return
-    if any(device.type != "cuda" or device.index is None for device in wanted) or wanted[0] == wanted[1]:
-        parser.error(f"--devices: expected two GPUs, such as cuda:0,cuda:1, but got {','.join(names)}; {dry}")
+    if any(device.type != "cuda" or device.index is None for device in wanted) or len(set(wanted)) != len(wanted):
+        parser.error(f"--devices: expected GPUs, such as cuda:0,cuda:1, but got {','.join(names)}; {dry}")
     for device in wanted:
         if device.index >= torch.cuda.device_count():
             parser.error(f"--devices: {device} is not there ({torch.cuda.device_count()} GPUs are visible); {dry}")

@@ -6,10 +6,24 @@ diffusers, which the checkpoint has too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder: its class in transformers, published and tiny configurations, and what its tokenizer needs."""
+
+    model: str
+    real: dict[str, Any]
+    tiny: dict[str, Any]
+    pad_token: str
+    max_length: int
+
+    def config(self, scale: str) -> dict[str, Any]:
+        return self.real if scale == "real" else self.tiny
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Spec:
     scheduler: str
     scheduler_config: dict[str, Any]
     guidance: dict[str, float]
+    text_encoders: tuple[TextEncoder, ...] = ()  # text_encoder, text_encoder_2, ...; Qwen-Image's is described below
     size: int = 1024
     tiny_size: int = 64
     steps: int = 50
@@ -37,6 +52,61 @@ class Spec:
     def denoiser_attribute(self) -> str:
         return "unet" if self.denoiser.startswith("UNet") else "transformer"
 
+
+# CLIP ViT-L/14 as published with SD 1.5, SDXL, SD 3.5 and FLUX.1, and OpenCLIP bigG. All have `eos_token_id` 2, with
+# which the pooled output is that of the highest id: <|endoftext|>.
+_CLIP: dict[str, Any] = {"max_position_embeddings": 77, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+_CLIP_L: dict[str, Any] = _CLIP | {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+_CLIP_G: dict[str, Any] = _CLIP | {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+_CLIP_TINY: dict[str, Any] = _CLIP | {
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 32,
+}
+CLIP_L = TextEncoder("CLIPTextModel", _CLIP_L, _CLIP_TINY, pad_token="<|endoftext|>", max_length=77)
+CLIP_L_PROJECTED = replace(CLIP_L, model="CLIPTextModelWithProjection")
+CLIP_G = TextEncoder("CLIPTextModelWithProjection", _CLIP_G, _CLIP_TINY, pad_token="!", max_length=77)
+
+# The encoder of T5 v1.1 XXL; UMT5 XXL has a larger vocabulary, and relative positions in every layer.
+_T5_XXL: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+_T5_TINY: dict[str, Any] = _T5_XXL | {
+    "vocab_size": 256,
+    "d_model": 64,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+T5_XXL = TextEncoder("T5EncoderModel", _T5_XXL, _T5_TINY, pad_token="<pad>", max_length=512)
+UMT5_XXL = replace(T5_XXL, model="UMT5EncoderModel", real=_T5_XXL | {"vocab_size": 256384})
 
 # The four-level image VAE of SD 1.5, SDXL, SD 3.5 and FLUX.1; they differ in latent channels and scaling.
 _KL_REAL: dict[str, Any] = {
@@ -106,7 +176,7 @@ _WAN: dict[str, Any] = {
     "denoiser_tiny": {
         "num_attention_heads": 2,
         "attention_head_dim": 12,
-        "text_dim": 32,
+        "text_dim": 64,
         "ffn_dim": 32,
         "num_layers": 2,
         "rope_max_seq_len": 32,
@@ -118,6 +188,7 @@ _WAN: dict[str, Any] = {
     "scheduler": "UniPCMultistepScheduler",
     "scheduler_config": {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     "guidance": {"guidance_scale": 5.0},
+    "text_encoders": (UMT5_XXL,),
     "size": 480,
 }
 
@@ -143,6 +214,7 @@ SPECS: dict[str, Spec] = {
         scheduler="PNDMScheduler",
         scheduler_config=_SD_BETAS | {"skip_prk_steps": True, "set_alpha_to_one": False},
         guidance={"guidance_scale": 7.5},
+        text_encoders=(CLIP_L,),
         size=512,
         pipeline_kwargs={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
@@ -183,6 +255,7 @@ SPECS: dict[str, Spec] = {
         scheduler="EulerDiscreteScheduler",
         scheduler_config=_SD_BETAS | {"timestep_spacing": "leading"},
         guidance={"guidance_scale": 5.0},
+        text_encoders=(CLIP_L, CLIP_G),
         pipeline_kwargs={"add_watermarker": False},
     ),
     "sd35-large": Spec(
@@ -208,7 +281,7 @@ SPECS: dict[str, Spec] = {
             "num_layers": 2,
             "attention_head_dim": 8,
             "num_attention_heads": 4,
-            "joint_attention_dim": 32,
+            "joint_attention_dim": 64,
             "caption_projection_dim": 32,
             "pooled_projection_dim": 64,
             "pos_embed_max_size": 8,
@@ -220,6 +293,7 @@ SPECS: dict[str, Spec] = {
         scheduler="FlowMatchEulerDiscreteScheduler",
         scheduler_config={"shift": 3.0},
         guidance={"guidance_scale": 3.5},
+        text_encoders=(CLIP_L_PROJECTED, CLIP_G, T5_XXL),
         steps=28,
     ),
     "flux1-dev": Spec(
@@ -242,7 +316,7 @@ SPECS: dict[str, Spec] = {
             "num_single_layers": 1,
             "attention_head_dim": 16,
             "num_attention_heads": 2,
-            "joint_attention_dim": 32,
+            "joint_attention_dim": 64,
             "pooled_projection_dim": 32,
             "guidance_embeds": True,
             "axes_dims_rope": (4, 4, 8),
@@ -260,6 +334,7 @@ SPECS: dict[str, Spec] = {
             "max_image_seq_len": 4096,
         },
         guidance={"true_cfg_scale": 4.0, "guidance_scale": 3.5},
+        text_encoders=(CLIP_L, T5_XXL),
         steps=28,
     ),
     "wan21-1.3b": Spec(

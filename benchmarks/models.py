@@ -5,9 +5,9 @@
 
 Speed does not depend on the values of the weights, and neither does the comparison of two ways to run them; quality
 cannot be judged from these pictures. Configurations are those of the published checkpoints, in model_specs.py.
-Qwen-Image and Qwen-Image-Edit are complete: a prompt (and a photo) go in, a picture comes out. The others take random
-prompt embeddings of the shapes their text encoders produce. `scale="tiny"` is the same pipeline, small enough for a CPU
-in seconds.
+Qwen-Image and Qwen-Image-Edit are complete: a prompt (and a photo) go in, a picture comes out. So are the others with
+`text_encoders=True`; without, they take random prompt embeddings of the shapes their text encoders produce.
+`scale="tiny"` is the same pipeline, small enough for a CPU in seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from benchmarks import clip_t5_text
 from benchmarks.model_specs import SPECS, TEXT_REAL, TEXT_TINY, VISION_REAL, VISION_TINY, Spec
 from benchmarks.qwen_text import make_processor, make_tokenizer, special_ids
 from benchmarks.random_weights import build_random
@@ -106,11 +107,13 @@ def build_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     scale: str = "real",
+    text_encoders: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> Any:
     """A pipeline as `from_pretrained(checkpoint, torch_dtype=dtype).to(device)` would give it, with random weights.
 
-    `log` receives one line per component, after its weights are in place.
+    `text_encoders` adds text encoders and tokenizers; the Qwen-Image models always have theirs. `log` receives one line
+    per component, after its weights are in place.
     """
     model = spec(name)
 
@@ -134,6 +137,12 @@ def build_pipeline(
             lambda: construct_text_encoder(scale=scale), device=device, dtype=dtype, seed=seed + 2
         )
         parts["text_encoder"] = placed("text_encoder", text_encoder)
+    elif text_encoders:
+        for number, encoder in enumerate(model.text_encoders):
+            suffix = f"_{number + 1}" if number else ""
+            built = clip_t5_text.build_encoder(encoder, device=device, dtype=dtype, seed=seed + 2 + number, scale=scale)
+            parts[f"text_encoder{suffix}"] = placed(f"text_encoder{suffix}", built)
+            parts[f"tokenizer{suffix}"] = clip_t5_text.make_tokenizer(encoder, [PROMPT, NEGATIVE_PROMPT], scale=scale)
     pipeline_class = getattr(diffusers, model.pipeline)
     expected, _ = pipeline_class._get_signature_keys(pipeline_class)
     absent = {key: None for key in expected if key not in parts and key not in model.pipeline_kwargs}
@@ -195,10 +204,11 @@ def inputs(
     dtype: torch.dtype = torch.bfloat16,
     scale: str = "real",
     image: Image.Image | None = None,
+    text_encoders: bool = False,
 ) -> dict[str, Any]:
     """Arguments of one guided generation. Call it again for every generation: the generator inside is used up.
 
-    `image` replaces the photograph that goes into an edit model.
+    `image` replaces the photograph that goes into an edit model; `text_encoders` is what the pipeline was built with.
     """
     model = spec(name)
     shape = resolution(name, size=size, scale=scale)
@@ -209,8 +219,8 @@ def inputs(
         **model.guidance,
         **shape,
     )
-    if name.startswith("qwen"):
-        call["prompt"], call["negative_prompt"] = _PROMPTS[model.pipeline]
+    if text_encoders or name.startswith("qwen"):
+        call["prompt"], call["negative_prompt"] = _PROMPTS.get(model.pipeline, (PROMPT, NEGATIVE_PROMPT))
         if model.pipeline == "QwenImageEditPipeline":
             call["image"] = photo(shape["width"]) if image is None else image
         return call

@@ -54,7 +54,7 @@ def materialize(model: ModuleT, *, device: torch.device, dtype: torch.dtype, see
     checkpoint are cast, buffers that are not in the checkpoint (rotary tables) keep their dtype.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    keep_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep_fp32 = _kept_in_fp32(model, dtype)
     drawn: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for name, param in module._parameters.items():
@@ -78,6 +78,14 @@ def materialize(model: ModuleT, *, device: torch.device, dtype: torch.dtype, see
             "device; build the submodule that owns them outside of it."
         )
     return model.eval()
+
+
+def _kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Diffusers has one list for both half precisions, transformers one for both and one for fp16 (T5's `wo`)."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16 or not hasattr(model, "_keep_in_fp32_modules_strict"):
+        names.update(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return names
 
 
 def _draw(value: torch.Tensor, module: nn.Module, name: str, generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""The kernel benchmarks without a GPU: what they count and compare, and both sides of the exchange as two threads."""
+"""The benchmarks without a GPU: text encoders, what is counted and compared, both sides of the exchange as threads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +23,9 @@ import test_program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_combine, bench_peer_combine, bench_serving, timing
+from benchmarks import bench_combine, bench_peer_combine, bench_serving, clip_t5_text, models, timing
+from benchmarks.model_specs import CLIP_G, CLIP_L, CLIP_L_PROJECTED, SPECS, T5_XXL, UMT5_XXL, TextEncoder
+from benchmarks.random_weights import parameters_on_meta
 
 from cfg_parallel import extension
 from cfg_parallel.program import DTYPES, interpret
@@ -73,6 +77,106 @@ def test_spread_and_gbps() -> None:
     assert timing.spread([3.0]) == {"us": 3.0, "us_p10": 3.0, "us_p90": 3.0}
     assert timing.spread([float(x) for x in range(11)]) == {"us": 5.0, "us_p10": 1.0, "us_p90": 9.0}
     assert timing.gbps(64 << 20, 173.0) == 387.9
+
+
+# The text encoders.
+
+PROMPTS = [models.PROMPT, models.NEGATIVE_PROMPT]
+ENCODERS = [CLIP_L, CLIP_L_PROJECTED, CLIP_G, T5_XXL, UMT5_XXL]
+PARAMETERS = [123_060_480, 123_650_304, 694_659_840, 4_762_310_656, 5_680_910_336]  # of the checkpoints
+
+
+@pytest.mark.parametrize(("encoder", "count"), list(zip(ENCODERS, PARAMETERS, strict=True)))
+def test_text_encoder_has_the_published_number_of_parameters(encoder: TextEncoder, count: int) -> None:
+    with parameters_on_meta():
+        model = clip_t5_text.construct_encoder(encoder)
+    assert all(param.is_meta for param in model.parameters())
+    assert sum(param.numel() for param in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "qwen-image-edit"])  # which makes a megapixel
+def test_both_prompts_go_in_as_text_and_change_the_picture(name: str) -> None:
+    tiny: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "scale": "tiny", "text_encoders": True}
+    pipe = models.build_pipeline(name, **tiny)
+    pipe.set_progress_bar_config(disable=True)
+    assert not [part for part, value in pipe.components.items() if "text_encoder" in part and value is None]
+
+    def generate(**changes: Any) -> np.ndarray:
+        output = pipe(**(models.inputs(name, size=32, steps=2, **tiny) | changes))
+        return np.asarray(output.frames if hasattr(output, "frames") else output.images)
+
+    call = models.inputs(name, size=32, **tiny)
+    assert all(isinstance(call[key], str) for key in ("prompt", "negative_prompt"))
+    assert not [key for key in call if "embeds" in key]
+    picture = generate()
+    assert np.isfinite(picture).all() and picture.std() > 0.05
+    for changes in ({"prompt": "a red dog"}, {"negative_prompt": "ugly"}, models.guidance_off(name)):
+        assert (picture != generate(**changes)).mean() > 0.5, changes
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if not name.startswith("qwen")])
+def test_random_embeddings_have_the_shapes_of_encoded_prompts(name: str) -> None:
+    """Without text encoders, a step costs what it costs with them."""
+    tiny: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "scale": "tiny"}
+    denoiser = SPECS[name].denoiser_attribute
+    shapes = []
+    for text_encoders in (False, True):
+        pipe = models.build_pipeline(name, text_encoders=text_encoders, **tiny)
+        pipe.set_progress_bar_config(disable=True)
+        calls: list[dict[str, Any]] = []
+        getattr(pipe, denoiser).register_forward_pre_hook(
+            lambda module, args, kwargs, calls=calls: calls.append(kwargs), with_kwargs=True
+        )
+        pipe(**models.inputs(name, size=32, steps=1, text_encoders=text_encoders, **tiny))
+        flat = [call | (call.get("added_cond_kwargs") or {}) for call in calls]
+        shapes.append([{key: v.shape for key, v in call.items() if isinstance(v, torch.Tensor)} for call in flat])
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("encoder", [CLIP_G, T5_XXL, UMT5_XXL], ids=lambda encoder: encoder.model)
+def test_dtypes_of_a_text_encoder_are_those_of_from_pretrained(
+    encoder: TextEncoder, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    built = clip_t5_text.build_encoder(encoder, device="cpu", dtype=dtype, seed=0, scale="tiny")
+    clip_t5_text.construct_encoder(encoder, scale="tiny").save_pretrained(tmp_path)
+    loaded = type(built).from_pretrained(tmp_path, dtype=dtype)
+    dtypes = [{key: value.dtype for key, value in model.named_parameters()} for model in (built, loaded)]
+    assert dtypes[0] == dtypes[1]
+
+
+@pytest.mark.parametrize("size", [{"num_layers": 24}, {"num_heads": 64, "d_kv": 64}])
+@pytest.mark.parametrize("encoder", [T5_XXL, UMT5_XXL], ids=lambda encoder: encoder.model)
+def test_t5_in_bf16_is_finite_and_tells_prompts_apart(encoder: TextEncoder, size: dict[str, int]) -> None:
+    large = replace(encoder, real=encoder.tiny | size)
+    model = clip_t5_text.build_encoder(large, device="cpu", dtype=torch.bfloat16, seed=0)
+    tokens = clip_t5_text.make_tokenizer(large, PROMPTS)(
+        PROMPTS, padding="max_length", max_length=64, return_tensors="pt"
+    )
+    with torch.no_grad():
+        one, two = model(tokens.input_ids).last_hidden_state.float()
+    assert 0.5 < one.std() < 2 and torch.isfinite(one).all()
+    assert (one - two)[:4].std() > 0.5, "the words of the shorter prompt"
+
+
+@pytest.mark.parametrize("scale", ["real", "tiny"])
+@pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: encoder.model)
+def test_tokenizer_goes_with_its_text_encoder(encoder: TextEncoder, scale: str) -> None:
+    tokenizer = clip_t5_text.make_tokenizer(encoder, PROMPTS, scale=scale)
+    vocab_size = encoder.config(scale)["vocab_size"]
+    is_clip = encoder.model.startswith("CLIP")
+    assert max(tokenizer.get_vocab().values()) < vocab_size
+    if is_clip:
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (vocab_size - 2, vocab_size - 1)
+        assert tokenizer.pad_token_id == (0 if encoder is CLIP_G else vocab_size - 1)
+    else:
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    ids = tokenizer(models.PROMPT)["input_ids"]
+    assert len(ids) == len(models.PROMPT.split()) + 1 + is_clip, "a token for each word"
+    assert ids[-1] == tokenizer.eos_token_id
+    other = "the owner's 42 xylophones, (very) loud"
+    decoded = tokenizer.decode(tokenizer(other)["input_ids"], skip_special_tokens=True)
+    assert decoded.replace(" ", "") == other.replace(" ", "")
 
 
 # The rules on one GPU.

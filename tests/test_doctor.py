@@ -107,7 +107,10 @@ def test_gpus_that_differ_and_one_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert [finding.status for finding in found] == ["ok", "ok", "ok", "warning"]
     assert "driver" in found[2].check and "CUDA 13.0" in found[2].message and "slower one" in found[3].fix
     gpus(monkeypatch, (9, 0))
-    assert "one GPU has no other" in list(doctor._gpus())[-1].message
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    alone = list(doctor._gpus())[-1]
+    assert "one GPU has no other" in alone.message and "cfg_parallel_size=1" in alone.fix
+    assert "CUDA_VISIBLE_DEVICES" not in alone.fix
 
 
 def test_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cfg_parallel import report as report_module
 from cfg_parallel.report import Report, median, of_each_step
 
 NORMAL: dict[str, Any] = {
@@ -94,40 +96,95 @@ def test_no_denoiser_call() -> None:
 
 def test_guidance_off_by_scale() -> None:
     why = off(guidance_scale=1.0, negative_prompt="blurry")
-    assert why == "no speed-up: guidance was off in 50 of 50 steps: guidance_scale=1.0; a scale above 1 turns it on."
-    assert "a scale above 1" in off(guidance_scale=0)
-    assert "negative prompt" not in why
+    assert why == (
+        "no speed-up: guidance was off in 50 of 50 steps: guidance_scale=1.0; a guidance_scale above 1 turns it on "
+        "(a distilled model has none)."
+    )
+    assert "a guidance_scale above 1" in off(guidance_scale=0)
+    assert "a guidance_scale above 1" in off(guidance_scale=1.0, image_guidance_scale=1.5)  # InstructPix2Pix
 
 
 def test_guidance_off_by_the_missing_negative_prompt() -> None:
     why = off(true_cfg_scale=4.0, negative_prompt=None)
-    assert "guidance was off in 50 of 50 steps: true_cfg_scale=4.0; a negative prompt is needed." in why
+    assert "guidance was off in 50 of 50 steps: true_cfg_scale=4.0; a negative prompt is needed (' ' will do)." in why
     assert "negative prompt" not in off(true_cfg_scale=1.0, negative_prompt="")  # empty is one, to diffusers
 
 
 def test_guidance_off_by_both() -> None:
     why = off(true_cfg_scale=1.0, negative_prompt=None)
-    assert "a negative prompt is needed" in why and "a scale above 1" in why
+    assert "a negative prompt is needed" in why and "a true_cfg_scale above 1" in why
 
 
 def test_true_guidance_is_not_hidden_by_distilled_guidance() -> None:
     """Flux as it comes: `guidance_scale` is an input of the model there, `true_cfg_scale` is what turns guidance on."""
     why = off(true_cfg_scale=1.0, guidance_scale=3.5, negative_prompt="blurry")
-    assert "true_cfg_scale=1.0" in why and "a scale above 1" in why
+    assert "true_cfg_scale=1.0" in why and "a true_cfg_scale above 1" in why
+    assert "guidance_scale is an input of a distilled model and adds no pass" in why
     why = off(true_cfg_scale=4.0, guidance_scale=1.0, negative_prompt=None)
-    assert "a negative prompt is needed" in why and "a scale above 1" not in why
+    assert "a negative prompt is needed" in why and "above 1" not in why
+    assert "distilled" not in off(true_cfg_scale=1.0, guidance_scale=None, negative_prompt="blurry")
 
 
 def test_guidance_on_and_not_recognised() -> None:
     report = Report(["cpu"] * 2, "host", "", steps=4, guidance={"guidance_scale": 7.5, "negative_prompt": None})
-    assert report.why == "no speed-up: no second pass was recognised in 4 of 4 steps: guidance_scale=7.5."
+    assert report.why == (
+        "no speed-up: no second pass was recognised in 4 of 4 steps: guidance_scale=7.5; a distilled model runs one "
+        "pass at any scale; `cfg-parallel models` lists what is recognised."
+    )
+    assert "no second pass was recognised" in off(true_cfg_scale=4.0, negative_prompt="blurry")
 
 
 def test_guidance_off_for_reasons_unknown() -> None:
-    assert off() == "no speed-up: guidance was off in 50 of 50 steps."
+    assert off() == (
+        "no speed-up: guidance was off in 50 of 50 steps; a model without guidance runs one pass a step, which no "
+        "second device can share."
+    )
     assert off(guidance_scale=None, negative_prompt=None).startswith("no speed-up: guidance was off in 50 of 50 steps")
     assert off(guidance_scale=[3.0, 1.0]).endswith(".")
     assert "needed" not in off(guidance_scale=7.5, negative_prompt=None)
+
+
+def test_one_device() -> None:
+    """Whether a batch has two passes is not found out there, so nothing is said of guidance."""
+    for guided in (0, 50):
+        why = report(devices=["cuda:0"], guided_steps=guided, parallel_steps=0).why
+        assert why == "no speed-up: cuda:0 ran every pass, alone; cfg_parallel_size=2 takes a second device."
+
+
+@pytest.mark.parametrize(
+    ("transport", "reason", "fix", "slowest"),
+    [
+        ("peer", "peer access between cuda:0 and cuda:1", None, False),
+        ("peer", "asked for", None, False),
+        ("nccl", "asked for", "transport='auto' takes the fastest", False),
+        ("host", "asked for", "transport='auto' takes the fastest", True),
+        ("nccl", "no peer access between cuda:0 and cuda:1", "`nvidia-smi topo -p2p w`", False),
+        ("nccl", "peer does not work here: invalid argument", "--ipc=host", False),
+    ],
+)
+def test_a_slower_transport_names_the_fix(transport: str, reason: str, fix: str | None, slowest: bool) -> None:
+    made = report(transport=transport, transport_reason=reason)
+    line = next(line for line in str(made).splitlines() if line.lstrip().startswith("transport"))
+    assert f"{transport} ({reason}" in line
+    assert line.endswith(f"({reason})") if fix is None else fix in line
+    assert ("the slowest way" in made.why) is slowest
+    on_cpus = report(devices=["cpu", "cpu"], transport="host", transport_reason=reason)
+    assert "slowest" not in on_cpus.why and "'auto'" not in str(on_cpus)
+
+
+def test_an_eager_forward_names_the_fix() -> None:
+    eager = {"the forward cannot be captured: a forward hook would no longer be called": 4, "who knows": 2}
+    rows = [row.strip() for row in str(report(eager_forwards=eager)).splitlines()]
+    hook = (
+        "eager  4 forwards: the forward cannot be captured: a forward hook would no longer be called; remove the hook"
+    )
+    assert hook in rows and "eager  2 forwards: who knows" in rows
+
+
+def test_every_fix_is_of_a_reason_that_is_given() -> None:
+    package = Path(report_module.__file__).parent
+    text = "".join((package / name).read_text() for name in ("graphs.py", "enable.py", "transports/__init__.py"))
+    assert not [part for part in report_module._FIXES if part not in text]
 
 
 def test_the_prompt_is_not_in_the_report() -> None:

@@ -158,6 +158,35 @@ def test_chat(plus: Served, folder: Path) -> None:
     assert [model.id for model in plus.client().models.list()] == ["tiny"]
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # of OpenAI's client: content that is no text
+def test_a_chat_streams(plus: Served, folder: Path) -> None:
+    expected = offline(models(folder)["plus"], 7, PHOTO, size=64)[0]
+    content: Any = [
+        {"type": "text", "text": "a cat"},
+        {"type": "image_url", "image_url": {"url": url_of(PHOTO)}},
+    ]
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+    fields = FIELDS | {"seed": 7, "size": "64x64", "partial_images": 1}
+    chunks: list[Any] = list(
+        plus.client().chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}, extra_body=fields
+        )
+    )
+    progress = [chunk.progress for chunk in chunks if "progress" in chunk.model_extra]
+    assert [(each["step"], each["steps"]) for each in progress] == [(0, None), (1, 3), (2, 3), (3, 3)]
+    (partial,) = [chunk.partial_image for chunk in chunks if "partial_image" in chunk.model_extra]
+    assert image_of(partial["b64_json"]).size == (64, 64)
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage.total_tokens == 0
+    choice = chunks[-2].choices[0]
+    (part,) = choice.delta.content
+    assert choice.finish_reason == "stop" and chunks[-2].metrics["parallel_steps"] == 3
+    assert same(image_of(part["image_url"]["url"].partition(",")[2]), expected)
+    with plus.client().chat.completions.stream(**asked, extra_body=fields) as stream:  # which puts it together
+        message: Any = stream.get_final_completion().choices[0].message
+    assert message.role == "assistant"
+    assert same(image_of(message.content[0]["image_url"]["url"].partition(",")[2]), expected)
+
+
 def test_compared_with_one_device(images: Served) -> None:
     fields = FIELDS | {"prompt": "a cat", "size": "32x32", "seed": 1, "compare": True}
     status, answer, _ = images.post("/v1/images/generations", fields)
@@ -273,12 +302,88 @@ def test_a_client_that_goes_away_ends_its_generation(images: Served) -> None:
     assert health["status"] == "ok"
 
 
+@pytest.mark.parametrize("kind", ["images", "chat"])
+def test_a_client_that_leaves_a_stream_ends_its_generation(images: Served, kind: str) -> None:
+    fields = FIELDS | {"size": "32x32", "num_inference_steps": 200}
+    client = images.client()
+    stream: Any
+    if kind == "chat":
+        messages: Any = [{"role": "user", "content": "a cat"}]
+        stream = client.chat.completions.create(model="tiny", messages=messages, stream=True, extra_body=fields)
+        step = next(chunk.progress["step"] for chunk in stream if "progress" in chunk.model_extra)
+    else:
+        stream = client.images.generate(prompt="a cat", stream=True, extra_body=fields)
+        step = next(stream).step
+    assert step == 0 and images.health()["running"] == 1
+    made = sum(event["event"] == "made" for event in images.events)
+    stream.close()
+    began = time.monotonic()
+    while images.health()["running"] > 0:
+        assert time.monotonic() - began < 10
+        time.sleep(0.02)
+    assert sum(event["event"] == "made" for event in images.events) == made
+    assert images.health()["status"] == "ok"
+
+
 def test_no_prompt_is_in_the_log(images: Served) -> None:
     secret = "a purple elephant"
     images.post("/v1/images/generations", FIELDS | {"prompt": secret, "size": "32x32"})
     assert not any(secret in line for line in images.log)
     made = [event for event in images.events if event["event"] == "made"]
     assert made and all(event["request_id"].startswith("req-") and event["seconds"] > 0 for event in made)
+
+
+HANGS = """
+import time, diffusers
+
+def build(device):
+    pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r})
+    step = pipe.scheduler.step
+
+    def hanging(*args, **kwargs):
+        if pipe.num_timesteps == 7 and pipe.scheduler.step_index == 2:
+            time.sleep(600)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = hanging
+    return pipe
+"""
+
+
+def test_an_engine_that_hangs_and_a_client_that_does(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS.format(folder=models(folder)["image"]))
+    options = (*DEVICES, "--max-step-seconds", "10", "--max-upload-seconds", "2")
+    with serving("hangs:build", *options, PYTHONPATH=str(tmp_path)) as served:
+        (worker,) = served.workers()
+        family = [worker, *served.followers()]
+        fields = FIELDS | {"size": "32x32", "seed": 8, "num_inference_steps": 7}
+        messages: Any = [{"role": "user", "content": "a cat"}]
+        steps: list[int] = []
+        stream: Any = served.client().chat.completions.create(
+            model="tiny", messages=messages, stream=True, extra_body=fields
+        )
+        with pytest.raises(openai.APIError, match="no step within 10 s") as hung:
+            for chunk in stream:
+                steps += [chunk.progress["step"]] if "progress" in chunk.model_extra else []
+        assert steps == [0, 1, 2] and hung.value.code == "engine_hangs" and hung.value.type == "server_error"
+        status, answer, _ = served.post("/v1/images/generations", {"prompt": "a cat"})
+        assert status == 503 and answer["error"]["code"] == "not_ready"
+        assert not psutil.wait_procs(family, 10)[1]
+        deadline = time.monotonic() + 120
+        while served.health()["status"] != "ok":
+            assert time.monotonic() < deadline, served.health()
+            time.sleep(0.1)
+        fields |= {"prompt": "a cat", "num_inference_steps": 3}
+        status, answer, _ = served.post("/v1/images/generations", fields)
+        assert status == 200
+        assert same(image_of(answer["data"][0]["b64_json"]), offline(models(folder)["image"], 8)[0])
+        assert sum(event["event"] == "engine hangs" for event in served.events) == 1  # it was not run again
+        host, _, port = served.url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as stalled:
+            head = "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            stalled.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt'.encode())
+            answered = b"".join(iter(functools.partial(stalled.recv, 4096), b""))  # until the server closes it
+        assert answered.startswith(b"HTTP/1.1 408 ") and b'"code":"request_timeout"' in answered
 
 
 def test_sigterm_finishes_what_runs(folder: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from cfg_parallel.serving.app import Server
-from cfg_parallel.serving.dispatcher import Done, Job, Step
+from cfg_parallel.serving.dispatcher import Done, Job, Partial, Step
 from cfg_parallel.serving.pictures import fetch, read, read_mask
 from cfg_parallel.serving.schemas import ApiError
 from cfg_parallel.serving.settings import Settings, is_factory
@@ -56,6 +56,7 @@ class Client:
         self.gate.set()
         self.cancelled: list[str] = []
         self.failures: list[Exception | ApiError] = []
+        self.heard: list[Any] = []  # what was sent to clients
         for replica in server.replicas:
             replica.start = lambda replica=replica: self._start(replica)  # type: ignore[method-assign]
             replica.run = lambda job, replica=replica: self._run(replica, job)  # type: ignore[method-assign]
@@ -69,6 +70,8 @@ class Client:
         self.jobs.append(job)
         try:
             job.events.put_nowait(Step(1, 2))
+            for index in range(job.work.partial_images):
+                job.events.put_nowait(Partial(index, made(job).pictures))
             await self.gate.wait()
             if self.failures:
                 failure = self.failures.pop(0)
@@ -86,21 +89,23 @@ class Client:
         body: bytes = b"",
         leave: asyncio.Event | None = None,
         root_path: str = "",
+        stalls: bool = False,
         **headers: str,
     ) -> Answer:
-        """`leave`: the client goes away when that is set."""
+        """`leave`: the client goes away when that is set. `stalls`: there is more of the body, which never comes."""
         sent: list[Any] = []
         parts = [body[i : i + 65536] for i in range(0, len(body), 65536)] or [b""]
 
         async def receive() -> Any:
             if parts:
                 part = parts.pop(0)
-                return {"type": "http.request", "body": part, "more_body": bool(parts)}
+                return {"type": "http.request", "body": part, "more_body": bool(parts) or stalls}
             await (leave or asyncio.Event()).wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             sent.append(message)
+            self.heard.append(message)
 
         given = [(name.replace("_", "-").lower().encode(), value.encode()) for name, value in headers.items()]
         scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
@@ -364,12 +369,71 @@ def test_chat() -> None:
             for body, says in [
                 ({"messages": []}, "messages"),
                 ({"messages": [{"role": "assistant", "content": "hi"}]}, "no user message"),
-                (chat(stream=True), "one piece"),
+                (chat(stream=True, stream_options={"include_usage": "what"}), "valid boolean"),
+                (chat(partial_images=1), "stream=true"),
                 (chat(no_such=1), "Unknown parameter"),
                 ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "text or image_url"),
             ]:
                 answer = await asked.post("/v1/chat/completions", body)
                 assert answer.status == 400 and says in answer.body["error"]["message"]
+
+    run(test)
+
+
+def chunks_of(text: str) -> list[Any]:
+    """What the `data:` lines of a chat's stream hold, which ends as OpenAI's does."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_a_chat_in_chunks() -> None:
+    async def test() -> None:
+        async with client() as asked:
+            fields: dict[str, Any] = {"seed": 5, "size": "16x16", "n": 2}
+            whole = (await asked.post("/v1/chat/completions", chat(**fields))).body
+            options = {"partial_images": 1, "stream_options": {"include_usage": True, "include_obfuscation": False}}
+            answer = await asked.post("/v1/chat/completions", chat(stream=True, **options, **fields))
+            assert answer.headers["content-type"].startswith("text/event-stream") and "event:" not in answer.body
+            chunks = chunks_of(answer.body)
+            usage = chunks.pop()
+            assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+            for chunk in [*chunks, usage]:
+                assert chunk["object"] == "chat.completion.chunk" and chunk["model"] == "m"
+                assert (chunk["id"], chunk["created"]) == (usage["id"], usage["created"])
+            choices = [choice for chunk in chunks for choice in chunk["choices"] if chunk["usage"] is None]
+            assert [choice["index"] for choice in choices] == [0] * len(chunks)
+            assert [choice["finish_reason"] for choice in choices] == [None] * 5 + ["stop"]
+            deltas = [choice["delta"] for choice in choices]
+            assert deltas == [{"role": "assistant"}, *[{}] * 4, {"content": whole["choices"][0]["message"]["content"]}]
+            assert chunks[1]["progress"] == {"step": 0, "steps": None, "one_device": False}
+            assert chunks[2]["progress"] == {"step": 1, "steps": 2, "one_device": False}
+            shown = [chunk["partial_image"] for chunk in chunks[3:5]]  # one of each of the two
+            assert [image_of(each["b64_json"]).getpixel((0, 0)) for each in shown] == [(5, 0, 0), (5, 1, 0)]
+            assert shown[1]["partial_image_index"] == 0 and shown[1]["size"] == "16x16"
+            assert chunks[-1]["seed"] == 5 and chunks[-1]["metrics"].keys() == whole["metrics"].keys()
+            for fields in ({"stream": True}, {"stream_options": {}, "extra_body": {"stream": True}}):
+                without = chunks_of((await asked.post("/v1/chat/completions", chat(**fields))).body)
+                assert not any("usage" in chunk for chunk in without) and without[-1]["choices"][0]["delta"]["content"]
+
+    run(test)
+
+
+def test_an_error_in_a_stream_has_one_form() -> None:
+    async def test() -> None:
+        async with client() as asked:
+            for failure in (ApiError(500, "it failed", "server_error", code="generation_failed"), MemoryError()):
+                ends = []
+                for path, body in [("images/generations", {"prompt": "a cat"}), ("chat/completions", chat())]:
+                    asked.failures = [failure]
+                    answer = await asked.post(f"/v1/{path}", body | {"stream": True})
+                    assert answer.status == 200
+                    ends.append(answer.body.split("\n\n")[-3:])
+                assert ends[0] == ends[1] and ends[0][0].startswith('event: error\ndata: {"type": "error", "error": {')
+                assert ends[0][1:] == ["data: [DONE]", ""]
+            asked.server.dispatcher.stop()
+            refused = await asked.post("/v1/chat/completions", chat(stream=True))  # before the stream has begun
+            assert refused.status == 503 and refused.body["error"]["code"] == "shutting_down"
 
     run(test)
 
@@ -458,6 +522,27 @@ def test_a_client_that_goes_away() -> None:
             assert asked.server.dispatcher.waiting == 0  # the other is not begun
             asked.gate.set()
             assert (await asked.make()).status == 200 and len(asked.jobs) == 2
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", ["images/generations", "chat/completions"])
+def test_a_client_that_leaves_a_stream(path: str) -> None:
+    async def test() -> None:
+        async with client() as asked:
+            asked.gate.clear()
+            leave = asyncio.Event()
+            body = json.dumps((chat() if "chat" in path else {"prompt": "a cat"}) | {"stream": True}).encode()
+            tasks = [
+                asyncio.create_task(asked.ask("POST", f"/v1/{path}", body, leave, content_type="application/json"))
+                for _ in range(2)
+            ]
+            await until(lambda: len(asked.jobs) == 1 and asked.server.dispatcher.waiting == 1)
+            await until(lambda: b'"step": 1' in b"".join(message.get("body", b"") for message in asked.heard))
+            leave.set()
+            await asyncio.gather(*tasks)
+            assert asked.cancelled == [asked.jobs[0].work.id] and asked.server.dispatcher.waiting == 0
+            asked.gate.set()
 
     run(test)
 
@@ -688,6 +773,28 @@ def test_large_bodies() -> None:
                     headers = {"content_length": str(len(large))} if with_length else {}
                     answer = await asked.ask("POST", path, large, content_type=kind, **headers)
                     assert answer.status == 413 and answer.body["error"]["code"] == "request_too_large", (path, answer)
+
+    run(test)
+
+
+def test_a_body_that_comes_too_slowly() -> None:
+    async def test() -> None:
+        async with client(max_upload_seconds=0.3, max_queue=0) as asked:
+            form = b'--xx\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nxx'
+            for path, kind, part in [
+                ("/v1/images/generations", "application/json", b'{"prompt": "a'),
+                ("/v1/chat/completions", "application/json", b""),
+                ("/v1/images/edits", "multipart/form-data; boundary=xx", form),
+            ]:
+                answer = await asked.ask("POST", path, part, stalls=True, content_type=kind)
+                assert answer.status == 408 and answer.headers["connection"] == "close", (path, answer)
+                assert answer.body["error"]["code"] == "request_timeout" and "0.3 s" in answer.body["error"]["message"]
+            asked.gate.clear()
+            running = asyncio.create_task(asked.make())  # the time of a generation is none of the upload
+            await asyncio.sleep(0.5)
+            asked.gate.set()
+            answer = await running
+            assert answer.status == 200 and "connection" not in answer.headers
 
     run(test)
 

@@ -1,5 +1,5 @@
 """The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot,
-`serve` serves a model, `doctor` says what is wrong here, and `models` lists the pipelines.
+`serve` serves a model, `doctor` says what is wrong here, `bench` measures this machine, and `models` lists the pipelines.
 
 Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was
 done, with one line on stderr that names the fix.
@@ -98,6 +98,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--quick", action="store_true", help="start no follower")
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
     doctor.set_defaults(command=_doctor)
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine: kernels, exchange, steps and whole generations, with a table of speed-ups",
+        description="Runs the benchmarks, on models of the published geometry with random weights. Parts: "
+        "combine (guidance kernels), exchange (between two GPUs), step (a denoising step), pipeline (prompt to PNG).",
+    )
+    bench.add_argument(
+        "--model", type=_names, metavar="LIST", help="with or without @SIZE, such as sdxl,qwen-image@512 (default: seven)"
+    )
+    bench.add_argument("--size", type=_pixels, metavar="PIXELS", help="of all models (default: each model's)")
+    bench.add_argument("--steps", type=_steps, metavar="N", help="default: 20 for steps, 50 for whole generations")
+    bench.add_argument("--devices", type=_devices, metavar="LIST", help="default: the first two GPUs, or CPU processes")
+    bench.add_argument("--only", type=_parts, metavar="LIST", help="some of the parts (default: all)")
+    bench.add_argument("--quick", action="store_true", help="small models, few steps, nothing compiled")
+    bench.add_argument("--out", type=_path, default="cfg-parallel-bench", metavar="DIR", help="default: %(default)s")
+    bench.set_defaults(command=_bench)
     serve = commands.add_parser(
         "serve",
         help="serve a model with OpenAI's API for pictures, and a web page",
@@ -155,6 +171,8 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-pixels", _positive_int, "N", "of a result"),
         ("--max-outputs", _positive_int, "N", "pictures of a request"),
         ("--max-request-mb", _positive, "MB", "of a body"),
+        ("--max-upload-seconds", _positive, "S", "until a body is complete"),
+        ("--max-step-seconds", _positive, "S", "without a step, after which an engine is replaced"),
     ]
     for flag, kind, unit, of in limits:
         default = getattr(Settings, flag.removeprefix("--").replace("-", "_"))
@@ -170,6 +188,17 @@ def _doctor(args: argparse.Namespace) -> int:
 
     devices = choose_devices(len(args.devices), args.devices, "auto") if args.devices else None
     return doctor.run(args.model, devices, args.quick, args.json)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from cfg_parallel import bench
+    from cfg_parallel.doctor import default_devices
+    from cfg_parallel.preflight import choose_devices
+
+    devices = args.devices or default_devices()
+    if len(devices) > 2:
+        raise ConfigurationError(f"--devices names {len(devices)}, and the benchmarks compare two with one: name two.")
+    return bench.run(args, choose_devices(len(devices), devices, "auto"))
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -213,6 +242,8 @@ def _serve(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels,
         max_outputs=args.max_outputs,
         max_request_mb=args.max_request_mb,
+        max_upload_seconds=args.max_upload_seconds,
+        max_step_seconds=args.max_step_seconds,
         allow_remote_images=args.allow_remote_images,
         log_prompts=args.log_prompts,
     )
@@ -301,6 +332,22 @@ def _positive_int(text: str, low: int = 1, high: int | None = None) -> int:
         most = "" if high is None else f" and at most {high}"
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}{most}, but got {text!r}")
     return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, but got {text!r}")
+    return names
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    from cfg_parallel.bench import PARTS
+
+    for name in _names(text):
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(PARTS)}, but got {name!r}")
+    return _names(text)
 
 
 def _key(text: str) -> str:

@@ -115,8 +115,8 @@ def choose_devices(
             return [leader] * size
         if size > available:
             raise ConfigurationError(
-                f"cfg_parallel_size={size} needs {size} GPUs, but {available} is visible; check CUDA_VISIBLE_DEVICES, "
-                f"or pass cfg_parallel_size={available}."
+                f"cfg_parallel_size={size} needs {size} GPUs, but {available} {'is' if available == 1 else 'are'} "
+                f"visible; check CUDA_VISIBLE_DEVICES, or pass cfg_parallel_size={available}."
             )
         if role is not None:
             return _check_rank([torch.device("cuda", role.rank_of(i)) for i in range(size)], leader, role)

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import functools
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import torch
 
 from cfg_parallel import __version__, extension, nvrtc
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
+from cfg_parallel.report import with_fix
 
 Status = Literal["ok", "warning", "error"]
 
@@ -34,6 +36,8 @@ _PCIE = {3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # GB/s of one lane in one dire
 _GOOD = 0.6  # of what a link should give
 _SMALL, _LARGE = 128 << 10, 64 << 20  # bytes: a prediction of SD 1.5 in bf16, and one of a video
 _SECONDS = 0.5  # of each timed loop
+_EMBEDDED = "guidance_embeds"  # the guidance scale is an input of the model
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _WORKING_MEMORY = 0.15  # of the weights: what forwards need besides, roughly
 
 
@@ -69,7 +73,7 @@ def examine(model: str | None, devices: Sequence[str] | None, quick: bool) -> It
     yield _module()
     yield _kernels()
     yield _triton()
-    chosen = list(devices) if devices is not None else _default_devices()
+    chosen = list(devices) if devices is not None else default_devices()
     links = _links(chosen)
     yield from links
     yield _transport(chosen)
@@ -101,8 +105,8 @@ def _versions() -> Finding:
 def _gpus() -> Iterator[Finding]:
     count = torch.cuda.device_count()
     if count == 0:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        fix = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else "two CPU processes can be tried out"
+        visible = os.environ.get(_VISIBLE)
+        fix = f"{_VISIBLE} is {visible!r}" if visible is not None else "two CPU processes can be tried out"
         yield Finding("GPUs", "warning", "PyTorch sees none", fix)
         return
     for gpu in range(count):
@@ -117,9 +121,9 @@ def _gpus() -> Iterator[Finding]:
         "driver", "ok", f"for CUDA {driver // 1000}.{driver % 1000 // 10}, PyTorch is for {torch.version.cuda}"
     )
     if count == 1:
-        yield Finding(
-            "GPUs", "warning", "one GPU has no other to share guidance with", "cuda_graphs and compile work on one"
-        )
+        hidden = f"{_VISIBLE} is {os.environ[_VISIBLE]!r}; " if _VISIBLE in os.environ else ""
+        fix = f"{hidden}make a second one visible, or pass cfg_parallel_size=1, for CUDA graphs and compile on one"
+        yield Finding("GPUs", "warning", "one GPU has no other to share guidance with", fix)
     names = {torch.cuda.get_device_name(gpu) for gpu in range(count)}
     if len(names) > 1:
         yield Finding(
@@ -177,7 +181,7 @@ def _triton() -> Finding:
     return Finding("Triton", "ok", version)
 
 
-def _default_devices() -> list[str]:
+def default_devices() -> list[str]:
     return (
         ["cuda:0", "cuda:1"]
         if torch.cuda.device_count() > 1
@@ -333,7 +337,7 @@ def _exchange(devices: Sequence[str], links: Sequence[Finding]) -> Finding:
                 small, large = (
                     _seconds_of_a_step(functools.partial(pipe, nbytes), devices[0]) for nbytes in (_SMALL, _LARGE)
                 )
-                transport = handle.report.transport
+                transport, why = handle.report.transport, with_fix(handle.report.transport_reason)
     except (CfgParallelError, RuntimeError) as error:
         first = " ".join(str(error).split())
         return Finding("exchange", "error", "two processes do not work together", first)
@@ -349,6 +353,8 @@ def _exchange(devices: Sequence[str], links: Sequence[Finding]) -> Finding:
     )
     if copied is not None:
         text += f" (a copy alone: {copied:.0f})"
+    if "peer does not work here" in why:  # though the driver says that it should
+        return Finding("exchange", "warning", text, why, figures)
     return Finding("exchange", "ok", text, figures=figures)
 
 
@@ -370,7 +376,7 @@ def _seconds_of_a_step(run: Callable[[int], Any], device: str) -> float:
 
 def _environment() -> Iterator[Finding]:
     names = (
-        "CUDA_VISIBLE_DEVICES",
+        _VISIBLE,
         "CUDA_LAUNCH_BLOCKING",
         "OMP_NUM_THREADS",
         "PYTORCH_CUDA_ALLOC_CONF",
@@ -419,9 +425,42 @@ def _model(model: str, devices: Sequence[str]) -> Iterator[Finding]:
         )
     elif not row["supported"]:
         yield Finding("model", "warning", f"{name} runs on one device", row["note"] or "see `cfg-parallel models`")
+    elif (mark := _distilled(folder, index)) is not None:
+        needs = (mark == _EMBEDDED and _needs(name)) or "a second pass"
+        fix = f"two devices gain nothing without {needs}"
+        yield Finding("model", "warning", f"{name} with a distilled model ({mark}), made for one pass a step", fix)
     else:
-        yield Finding("model", "ok", f"{name}: its passes run in parallel, with equal bits ({row['rule']})")
+        needs = f", given {needs}" if (needs := _needs(name)) else ""
+        yield Finding("model", "ok", f"{name}: its passes run in parallel, with equal bits ({row['rule']}){needs}")
     yield from _memory(folder, index, devices)
+
+
+def _needs(name: str) -> str:
+    """What starts the second pass of a pipeline, by the arguments that it takes."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, name, None)
+    parameters = inspect.signature(pipeline_class.__call__).parameters if pipeline_class is not None else {}
+    if "true_cfg_scale" in parameters:
+        return "true_cfg_scale above 1 and a negative prompt"
+    return "guidance_scale above 1" if "guidance_scale" in parameters else ""
+
+
+def _distilled(folder: Path, index: dict[str, Any]) -> str | None:
+    """The setting that marks a model as made for one pass a step; some have none (schnell, Turbo)."""
+    if index.get("is_distilled"):
+        return "is_distilled"
+    for component in filter(_is_denoiser, index):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none, or it is no such file
+            config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
+            for setting in ("time_cond_proj_dim", _EMBEDDED):
+                if config.get(setting):
+                    return setting
+    return None
+
+
+def _is_denoiser(component: str) -> bool:
+    return component.startswith(("transformer", "unet", "prior"))
 
 
 def _downloaded(model: str) -> Path:
@@ -441,8 +480,7 @@ def _memory(folder: Path, index: dict[str, Any], devices: Sequence[str]) -> Iter
         for component, entry in index.items()
         if isinstance(entry, (list, tuple)) and (folder / component).is_dir()
     }
-    denoisers = [component for component in sizes if component.startswith(("transformer", "unet", "prior"))]
-    whole, share = sum(sizes.values()), sum(sizes[component] for component in denoisers)
+    whole, share = sum(sizes.values()), sum(sizes[component] for component in sizes if _is_denoiser(component))
     if not share:
         yield Finding(
             "memory", "warning", "the denoiser's weights are not there as safetensors", "their size is unknown"
@@ -450,7 +488,7 @@ def _memory(folder: Path, index: dict[str, Any], devices: Sequence[str]) -> Iter
         return
     for place, device in enumerate(devices):
         need = (whole if place == 0 else share) * (1 + _WORKING_MEMORY)
-        what = "the whole pipeline" if place == 0 else "the denoiser"
+        what = "the whole pipeline" if place == 0 else "the denoiser, of which every device holds a copy,"
         if device == "cpu":
             continue
         free, _ = torch.cuda.mem_get_info(torch.device(device))
@@ -461,9 +499,9 @@ def _memory(folder: Path, index: dict[str, Any], devices: Sequence[str]) -> Iter
             fix = (
                 "enable_model_cpu_offload()"
                 if place == 0 and share * (1 + _WORKING_MEMORY) <= free
-                else "quantize the denoiser"
+                else "quantize the denoiser, or use enable_layerwise_casting or enable_group_offload on it"
             )
-            yield Finding("memory", "error", text, f"{fix}, or free what else is on it")
+            yield Finding("memory", "error", text, f"{fix}, or free what else is on {device}")
     if all(device == "cpu" for device in devices):
         yield Finding(
             "memory", "ok", f"{(whole + share * (len(devices) - 1)) / 1e9:.1f} GB of weights in all processes"

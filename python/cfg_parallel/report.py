@@ -6,6 +6,28 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cfg_parallel.transports import ASKED_FOR
+
+# What a reason for a slower transport, or an eager forward, has in it -> what to do about it.
+_FIXES = {
+    "no peer access": "`nvidia-smi topo -p2p w` shows which GPUs have it",
+    "peer does not work here": "in a container try --ipc=host; PCIe ACS or an IOMMU can be in the way too",
+    "the GPU is the limit": "cuda_graphs=True captures all the same",
+    "too few for a graph to pay": "calls of one kind have one picture size and one prompt length",
+    "its cache decides": "denoiser.disable_cache() makes graphs possible",
+    "it changes the denoiser's weights": "it can be a graph without those",
+    "a forward hook": "remove the hook",
+    "it is compiled with CUDA graphs": "which are as good",
+    "is in host memory": "pass it on the GPU",
+    "the forward cannot be captured": "compile=True, if it is off, makes launching quicker without a graph",
+}
+
+
+def with_fix(reason: str) -> str:
+    """The reason, and what to do about it where that is known."""
+    fix = next((fix for part, fix in _FIXES.items() if part in reason), None)
+    return reason if fix is None else f"{reason}; {fix}"
+
 
 @dataclass(slots=True)
 class Report:
@@ -68,22 +90,21 @@ class Report:
             return "no speed-up: the pipeline did not call its denoiser."
         if self.lost:
             return f"no speed-up for part of the run: {self.lost[0]}"
+        if len(self.devices) == 1:
+            return f"no speed-up: {self.devices[0]} ran every pass, alone; cfg_parallel_size=2 takes a second device."
         if self.parallel_steps:
             ran = f"in {self.parallel_steps} of {self.steps} steps the passes ran on {len(self.devices)} devices"
             slow, fast = self._slower()
             if slow == "follower" and self._imbalance() > 2:
                 return (
                     f"no speed-up: {ran}, but a forward takes {self._imbalance():.1f} times as long on the "
-                    f"{self._named(slow)} as on the {self._named(fast)}."
+                    f"{self._named(slow)} as on the {self._named(fast)}{self._detour()}."
                 )
             there, here = self.follower_busy_ms / 1e3, self.leader_busy_ms / 1e3
-            return f"in parallel: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here{self._cost()}."
+            extra = self._cost() + self._detour()
+            return f"in parallel: {ran}, {there:.2f} s of forwards there beside {here:.2f} s here{extra}."
         if self.guided_steps == 0:
-            hint = self._guidance_hint()
-            scale = self.guidance.get("true_cfg_scale", self.guidance.get("guidance_scale"))
-            unseen = isinstance(scale, (int, float)) and scale > 1 and ";" not in hint
-            what = "no second pass was recognised" if unseen else "guidance was off"
-            return f"no speed-up: {what} in {self.steps} of {self.steps} steps{hint}."
+            return f"no speed-up: {self._one_pass()}."
         reason = next(iter(self.notes), "no second pass could run elsewhere")
         return f"no speed-up: guidance was on in {self.guided_steps} of {self.steps} steps, but {reason}."
 
@@ -120,19 +141,37 @@ class Report:
             f"would make it {forwards * min(here, there) / even:.2f}"
         )
 
-    def _guidance_hint(self) -> str:
-        if not self.guidance:
-            return ""
-        given = ", ".join(f"{name}={value}" for name, value in self.guidance.items() if name != "negative_prompt")
-        hint = f": {given}" if given else ""
-        if self.guidance.get("negative_prompt", "") is None:
-            hint += "; a negative prompt is needed" if "true_cfg_scale" in self.guidance else ""
-        # Beside `true_cfg_scale`, `guidance_scale` is an input of a distilled model.
-        names = ["true_cfg_scale"] if "true_cfg_scale" in self.guidance else [n for n in self.guidance if "scale" in n]
-        scales = [self.guidance[name] for name in names if isinstance(self.guidance[name], (int, float))]
-        if scales and max(scales) <= 1:
-            hint += "; a scale above 1 turns it on"
-        return hint
+    def _detour(self) -> str:
+        on_gpus = self.devices[0] != "cpu"
+        return "; tensors went through host memory, the slowest way" if on_gpus and self.transport == "host" else ""
+
+    def _transport(self) -> str:
+        reason = with_fix(self.transport_reason)
+        if reason == ASKED_FOR and self.transport != "peer" and self.devices[0] != "cpu":
+            reason += "; transport='auto' takes the fastest that works here"
+        return f"{self.transport} ({reason})"
+
+    def _one_pass(self) -> str:
+        """That no step had a second pass, and what would give it one."""
+        given = {name: value for name, value in self.guidance.items() if value is not None}
+        numbers = {name: value for name, value in given.items() if isinstance(value, (int, float))}
+        is_true = "true_cfg_scale" in self.guidance  # beside it, `guidance_scale` is an input of a distilled model
+        # The first of several is the one that counts.
+        scale = next((name for name in numbers if name == "true_cfg_scale" or not is_true), None)
+        what, hints = "guidance was off", []
+        if is_true and self.guidance.get("negative_prompt", "") is None:
+            hints.append("a negative prompt is needed (' ' will do)")
+        if scale is not None and numbers[scale] <= 1:
+            hints.append(f"a {scale} above 1 turns it on" + ("" if is_true else " (a distilled model has none)"))
+        if scale is None:
+            hints.append("a model without guidance runs one pass a step, which no second device can share")
+        elif not hints:
+            what = "no second pass was recognised"
+            hints.append("a distilled model runs one pass at any scale; `cfg-parallel models` lists what is recognised")
+        if is_true and "guidance_scale" in numbers:
+            hints.append("guidance_scale is an input of a distilled model and adds no pass")
+        said = ", ".join(f"{name}={value}" for name, value in given.items() if name != "negative_prompt")
+        return "; ".join([f"{what} in {self.steps} of {self.steps} steps" + (f": {said}" if said else ""), *hints])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"why": self.why}
@@ -140,7 +179,7 @@ class Report:
     def __str__(self) -> str:
         rows = [
             ("devices", " + ".join(self.devices)),
-            ("transport", f"{self.transport} ({self.transport_reason})"),
+            ("transport", self._transport()),
             ("steps", f"{self.steps}, {self.guided_steps} with guidance, {self.parallel_steps} on all devices"),
             ("calls", f"{self.calls_shipped} shipped, {self.calls_local} local"),
             (
@@ -156,7 +195,7 @@ class Report:
         rows += [("replayed", f"{count} steps: {reason}") for reason, count in self.replayed.items()]
         if self.graph_forwards or self.graphs_captured:
             rows.append(("graphs", f"{self.graph_forwards} forwards, {self.graphs_captured} graphs captured"))
-        rows += [("eager", f"{count} forwards: {reason}") for reason, count in self.eager_forwards.items()]
+        rows += [("eager", f"{count} forwards: {with_fix(reason)}") for reason, count in self.eager_forwards.items()]
         if self.compile_seconds or self.follower_compile_seconds:
             here, there = self.compile_seconds, self.follower_compile_seconds
             rows.append(("compiled", f"in {here:.1f} s here, {there:.1f} s on followers"))

@@ -43,6 +43,8 @@ _MOST_IMAGES = 16  # in a request
 _FETCHES = 4  # pictures at URLs that are fetched at once
 
 Kind = Literal["image_generation", "image_edit"]
+Told = Callable[[Event], Awaitable[list[bytes]]]  # an event of a job, as server-sent events
+_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}  # of a chat: there are no tokens
 
 
 class Server:
@@ -137,43 +139,50 @@ class Server:
             raise ApiError(
                 400, "messages: there is no user message with content.", param="messages", code="missing_prompt"
             )
-        given = {**(body.model_extra or {}), **body.extra_body}
+        given = {"stream": body.stream, **(body.model_extra or {}), **body.extra_body}
         fields = {name: value for name, value in given.items() if name not in CHAT_FIELDS_WITHOUT_USE}
         texts, urls = _parts(message.content)
         asked = _valid(Generation, {**fields, "prompt": "\n".join(texts), "model": body.model})
-        if body.stream or asked.stream:
-            raise ApiError(
-                400,
-                "stream: a chat is answered in one piece; /v1/images has progress.",
-                param="stream",
-                code="invalid_value",
-            )
         self._check(asked, len(urls), False)
         budget = _Budget(self.settings.max_input_pixels)
         images = [await budget.read(functools.partial(self._fetch, url), pictures.read, "image_url") for url in urls]
         job = self._submit(request, asked, images, None)
+        head: dict[str, Any] = {
+            "id": f"chatcmpl-{job.work.id}",
+            "object": "chat.completion.chunk" if asked.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": self.settings.name,
+        }
+        if asked.stream:
+            if body.stream_options.include_usage:
+                head["usage"] = None  # in all chunks but the last
+            chunks = functools.partial(self._chunks, head, asked, job)
+            return self._streamed(job, chunks, _chunk(head, {"role": "assistant"}))
         done = await self._wait(request, job)
-        content = [
-            {
-                "type": "image_url",
-                "image_url": {"url": f"data:image/{asked.output_format};base64,{await self._encode(picture, asked)}"},
-            }
-            for picture in done.pictures
-        ]
         choice: dict[str, Any] = {
             "index": 0,
             "finish_reason": "stop",
-            "message": {"role": "assistant", "content": content},
+            "message": {"role": "assistant", "content": await self._content(done, asked)},
         }
-        answer: dict[str, Any] = {
-            "id": f"chatcmpl-{job.work.id}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.settings.name,
-            "choices": [choice],
-            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-        }
-        return JSONResponse(answer | self._extras(job, done))
+        return JSONResponse(head | {"choices": [choice], "usage": _USAGE} | self._extras(job, done))
+
+    async def _chunks(self, head: dict[str, Any], asked: Generation, job: Job, event: Event) -> list[bytes]:
+        """Of a chat: `progress` after a step and `partial_image` beside an empty delta, and then the message."""
+        if isinstance(event, Step):
+            return [_chunk(head, {}, progress=vars(event))]
+        if isinstance(event, Partial):
+            shown = [await self._shown(picture, asked) for picture in event.pictures]
+            return [_chunk(head, {}, partial_image=each | {"partial_image_index": event.index}) for each in shown]
+        chunks = [_chunk(head, {"content": await self._content(event, asked)}, "stop", **self._extras(job, event))]
+        if "usage" in head:
+            chunks.append(_data(head | {"choices": [], "usage": _USAGE}))
+        return chunks
+
+    async def _content(self, done: Done, asked: Generation) -> list[dict[str, Any]]:
+        """Of the message that answers a chat."""
+        start = f"data:image/{asked.output_format};base64,"
+        urls = [start + await self._encode(picture, asked) for picture in done.pictures]
+        return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
 
     async def _fetch(self, url: str) -> bytes:
         most = int(self.settings.max_request_mb * 2**20)
@@ -233,33 +242,39 @@ class Server:
     async def _answer(self, request: Request, kind: Kind, asked: Generation, images: list[Any], mask: Any) -> Response:
         job = self._submit(request, asked, images, mask)
         if asked.stream:
-            return StreamingResponse(
-                self._stream(kind, asked, job), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-            )
+            return self._streamed(job, functools.partial(self._image_events, kind, asked, job))
         done = await self._wait(request, job)
         data = [{"b64_json": await self._encode(picture, asked)} for picture in done.pictures]
         answer: dict[str, Any] = {"created": int(time.time()), "data": data, **self._shape(done.pictures[0], asked)}
         return JSONResponse(answer | self._extras(job, done))
 
-    async def _stream(self, kind: Kind, asked: Generation, job: Job) -> AsyncIterator[bytes]:
-        """Server-sent events: KIND.progress after a step, KIND.partial_image, and KIND.completed for each picture."""
+    async def _image_events(self, kind: Kind, asked: Generation, job: Job, event: Event) -> list[bytes]:
+        """KIND.progress after a step, KIND.partial_image, and KIND.completed for each picture."""
+        now: dict[str, Any] = {"created_at": int(time.time())}
+        if isinstance(event, Step):
+            return [_event(f"{kind}.progress", now | vars(event))]
+        shown = [now | await self._shown(picture, asked) for picture in event.pictures]
+        if isinstance(event, Partial):
+            return [_event(f"{kind}.partial_image", each | {"partial_image_index": event.index}) for each in shown]
+        return [_event(f"{kind}.completed", each | self._extras(job, event)) for each in shown]
+
+    def _streamed(self, job: Job, told: Told, opening: bytes = b"") -> StreamingResponse:
+        events = self._stream(job, told, opening)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def _stream(self, job: Job, told: Told, opening: bytes) -> AsyncIterator[bytes]:
+        """Server-sent events: the opening, what `told` makes of each event of the job, an error, and the end."""
         event: Event | None = None
         try:
+            if opening:
+                yield opening
             while not isinstance(event, Done):
                 event = await job.next(_PING)
-                now: dict[str, Any] = {"created_at": int(time.time())}
                 if event is None:
                     yield b": waiting\n\n"  # by which a client that has gone is noticed
                     continue
-                if isinstance(event, Step):
-                    yield _event(f"{kind}.progress", now | vars(event))
-                    continue
-                for picture in event.pictures:
-                    what = now | {"b64_json": await self._encode(picture, asked)} | self._shape(picture, asked)
-                    if isinstance(event, Partial):
-                        yield _event(f"{kind}.partial_image", what | {"partial_image_index": event.index})
-                    else:
-                        yield _event(f"{kind}.completed", what | self._extras(job, event))
+                for message in await told(event):
+                    yield message
         except ApiError as error:
             yield _event("error", error.body)
         except Exception as error:  # the answer has begun, so that this is how it is told
@@ -369,6 +384,9 @@ class Server:
     async def _encode(picture: Picture, asked: Generation) -> str:
         return await asyncio.to_thread(pictures.encode, picture, asked.output_format, asked.output_compression)
 
+    async def _shown(self, picture: Picture, asked: Generation) -> dict[str, Any]:
+        return {"b64_json": await self._encode(picture, asked)} | self._shape(picture, asked)
+
     @staticmethod
     def _shape(picture: Picture, asked: Generation) -> dict[str, Any]:
         width, height = picture.size
@@ -412,7 +430,7 @@ class Server:
 
 
 class _Gate:
-    """Before the routes: a request's id, the key, the size of the body; after them, a line in the log."""
+    """Before the routes: a request's id, the key, the body's size and time; after them, a line in the log."""
 
     def __init__(self, app: Any, server: Server) -> None:
         self._app, self._server = app, server
@@ -430,10 +448,19 @@ class _Gate:
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # where the application is mounted
         endpoint = path if path in _ENDPOINTS else "other"
         most, got = int(settings.max_request_mb * 2**20), 0
+        unread: bool | None = None  # whether more of the body is to come; None before it is read
 
         async def counted() -> Any:
-            nonlocal got
-            message = await receive()
+            nonlocal got, unread
+            if unread is False:
+                return await receive()
+            unread = True
+            try:
+                message = await asyncio.wait_for(receive(), began + settings.max_upload_seconds - time.monotonic())
+            except asyncio.TimeoutError as error:
+                text = f"The body was not complete after {settings.max_upload_seconds:g} s."
+                raise ApiError(408, text, code="request_timeout") from error
+            unread = message.get("more_body", False)
             got += len(message.get("body", b""))
             if got > most:
                 raise _body_too_large(most)
@@ -444,12 +471,14 @@ class _Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if unread:  # nor will it be, so that the connection cannot be used again
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         async def refuse(error: ApiError) -> None:
-            # The rest of the body is not read, so that the connection cannot be used again.
-            headers = {**(error.headers or {}), "Connection": "close"}
-            await JSONResponse(error.body, error.status_code, headers)(scope, receive, answered)
+            nonlocal unread
+            unread = True
+            await JSONResponse(error.body, error.status_code, error.headers)(scope, receive, answered)
 
         try:
             if path.startswith("/v1/") and settings.api_key and not _has_key(headers, settings.api_key):
@@ -534,4 +563,12 @@ def _valid(model: Any, fields: dict[str, Any]) -> Any:
 
 
 def _event(name: str, what: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps({'type': name} | what)}\n\n".encode()
+    return f"event: {name}\n".encode() + _data({"type": name} | what)
+
+
+def _chunk(head: dict[str, Any], delta: dict[str, Any], finish_reason: str | None = None, **beside: Any) -> bytes:
+    return _data(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]} | beside)
+
+
+def _data(what: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(what)}\n\n".encode()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ class Replica:
         self._connection: Connection | None = None
         self._sending = threading.Lock()
         self._outcome: asyncio.Future[Done | ApiError] | None = None
+        self._heard = 0.0  # when the process last said something
         self.failed: Callable[[], None] = lambda: None  # called when there will be no more processes
         self._changed = asyncio.Event()
         self._ended = 0  # processes in a row
@@ -92,6 +94,7 @@ class Replica:
     def _hear(self, kind: str, *what: Any) -> None:
         from cfg_parallel.serving.dispatcher import Done, Partial, Step
 
+        self._heard = time.monotonic()
         if kind == "ready":
             (self.facts,) = what
             self.state = "ready"
@@ -171,14 +174,31 @@ class Replica:
         assert self._connection is not None
         self.job, job.replica = job, self
         self._outcome = asyncio.get_running_loop().create_future()
+        self._heard = time.monotonic()
+        watching = asyncio.create_task(self._watch(job, self._outcome))
         try:
             try:
                 await asyncio.to_thread(self._send, self._connection, ("work", job.work))
             except OSError as error:
-                raise ConnectionError(str(error)) from error
+                if not self._outcome.done():
+                    raise ConnectionError(str(error)) from error
             return await self._outcome
         finally:
+            watching.cancel()
             self.job = job.replica = None
+
+    async def _watch(self, job: Job, outcome: asyncio.Future[Done | ApiError]) -> None:
+        """Ends a process that hangs. Its job is not run again, as it may be the cause."""
+        assert self._process is not None
+        most = self._settings.max_step_seconds
+        while (left := self._heard + most - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        if outcome.done():
+            return
+        self.state, self.failure = "lost", f"no step within {most:g} s"
+        tell("engine hangs", "error", replica=self.number, reason=self.failure, request_id=job.request_id)
+        outcome.set_result(ApiError(500, f"The engine hangs: {self.failure}.", "server_error", code="engine_hangs"))
+        self._process.kill()
 
     def cancel(self, work_id: str) -> None:
         def send() -> None:

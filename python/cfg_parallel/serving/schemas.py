@@ -107,6 +107,17 @@ class ChatMessage(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        return _without_null(data)
+
+
 class Chat(BaseModel):
     """A chat whose last user message has the prompt and the pictures. Everything else is as in `Generation`, beside the
     messages or in an `extra_body`."""
@@ -116,6 +127,7 @@ class Chat(BaseModel):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     model: str | None = None
     stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
     extra_body: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -127,7 +139,7 @@ class Chat(BaseModel):
 # Of OpenAI's chat: nothing for a picture to follow.
 _CHAT = """audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata
 modalities parallel_tool_calls prediction presence_penalty prompt_cache_key reasoning_effort response_format
-safety_identifier service_tier stop store stream_options temperature tool_choice tools top_logprobs top_p verbosity
+safety_identifier service_tier stop store temperature tool_choice tools top_logprobs top_p verbosity
 web_search_options"""
 CHAT_FIELDS_WITHOUT_USE = frozenset(_CHAT.split())
 

@@ -35,7 +35,8 @@ class Settings:
     """`devices`: of all replicas, one replica after the other. `enable`: arguments of `enable_cfg_parallel`.
 
     Limits: `max_queue` requests wait at once, the rest are told to come back; `max_steps`; `max_pixels` of a result and
-    `max_input_pixels` of a picture that is sent; `max_outputs` of a request; `max_request_mb` of its body."""
+    `max_input_pixels` of a picture that is sent; `max_outputs` of a request; `max_request_mb` of its body, which has
+    `max_upload_seconds` to arrive; an engine has `max_step_seconds` for a step, or it is replaced."""
 
     model: str
     devices: tuple[str, ...]
@@ -50,6 +51,8 @@ class Settings:
     max_input_pixels: int = 50_000_000
     max_outputs: int = 4
     max_request_mb: float = 64.0
+    max_upload_seconds: float = 60.0
+    max_step_seconds: float = 1800.0  # the first may compile; a follower that hangs costs 600
     allow_remote_images: bool = False
     log_prompts: bool = False
 
