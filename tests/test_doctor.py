@@ -94,11 +94,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], free: 
             self.major, self.minor = capabilities[gpu]
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(doctor, "_driver_version", lambda: 13000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU {capabilities[gpu]}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 1e9), int(141e9)))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
 
 
 def test_gpus_that_differ_and_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,14 @@ def test_gradients_training_and_unknown_arguments_ask_again() -> None:
         assert encoder.asked == 6
 
 
+def test_a_configuration_that_names_a_processor_is_none() -> None:
+    class Config(dict[str, Any]):
+        tokenizer = image_processor = ("transformers", "Qwen2VLImageProcessor")
+
+    with pictures_seen_once([Config(), {"tokenizer": None}]):
+        pass
+
+
 def test_a_processor_and_what_the_user_has_put_there() -> None:
     processor = Processor()
     own = mock.Mock(side_effect=processor.preprocess)

@@ -6,6 +6,7 @@ Each check is a `Finding`: ok, a warning (it works, but) or an error (it does no
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import csv
 import functools
 import importlib.metadata
@@ -116,7 +117,7 @@ def _gpus() -> Iterator[Finding]:
         text += f", compute capability {properties.major}.{properties.minor}"
         figures = {"gpu": gpu, "name": properties.name, "free_bytes": free, "total_bytes": total}
         yield Finding("GPUs", "ok", text, figures=figures)
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    driver = _driver_version()
     yield Finding(
         "driver", "ok", f"for CUDA {driver // 1000}.{driver % 1000 // 10}, PyTorch is for {torch.version.cuda}"
     )
@@ -132,6 +133,13 @@ def _gpus() -> Iterator[Finding]:
             f"different kinds ({', '.join(sorted(names))})",
             "take two of one kind: bits may differ, and the slower one sets the pace",
         )
+
+
+def _driver_version() -> int:
+    """Of the newest CUDA that the driver runs, such as 13000."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _module() -> Finding:

@@ -34,7 +34,7 @@ from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.preparation import Preparation, Prepare
 from cfg_parallel.remote import START_TIMEOUT, PeerUnavailableError, RemoteFollower
 from cfg_parallel.replica import Watch, fingerprint
-from cfg_parallel.report import Report, median, of_each_step
+from cfg_parallel.report import Report, median, of_each_step, with_fix
 from cfg_parallel.successors import Successors
 from cfg_parallel.timing import elapsed_ms
 from cfg_parallel.trace import save, timeline
@@ -588,7 +588,10 @@ class Leading(CfgParallel):
     def _guidance_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = self._signature.bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
-        return {name: bound.arguments[name] for name in _GUIDANCE_ARGUMENTS if name in bound.arguments}
+        given = {name: bound.arguments[name] for name in _GUIDANCE_ARGUMENTS if name in bound.arguments}
+        if bound.arguments.get("negative_prompt_embeds") is not None:
+            given["negative_prompt"] = ""  # there is one
+        return given
 
     def _warn_if_useless(self) -> None:
         generation = self._generation
@@ -596,7 +599,7 @@ class Leading(CfgParallel):
         failure = self._leader.graphs.failure
         if failure is not None and not self._warned_of_graphs:
             self._warned_of_graphs = True
-            warnings.warn(f"cfg-parallel runs without CUDA graphs: {failure}.", stacklevel=4)
+            warnings.warn(f"cfg-parallel runs without CUDA graphs: {with_fix(failure)}.", stacklevel=4)
         shared = any(0 < step.shipped < step.branches for step in generation.steps)
         if generation.steps and not shared and len(self.devices) > 1 and not generation.given_up:
             warnings.warn(f"cfg-parallel: {self.report.why}", stacklevel=4)

@@ -85,8 +85,9 @@ def _expect(header: dict[str, Any], kind: str) -> None:
     if header["kind"] == "error":
         message = header["message"]
         if "OutOfMemoryError" in message:
+            said = message.split(" If reserved but unallocated")[0].rstrip(".")  # the rest is advice for something else
             raise ConfigurationError(
-                f"The denoiser does not fit on the follower's GPU ({message}); load it quantized, or use "
+                f"The denoiser does not fit on the follower's GPU ({said}); load it quantized, or use "
                 "enable_layerwise_casting(...) or enable_group_offload(...) on it."
             )
         raise CfgParallelError(f"The follower could not build the denoiser: {message}")

@@ -36,8 +36,10 @@ def pictures_seen_once(components: Iterable[Any]) -> Iterator[None]:
                 for module in (component, *component.children()):  # with a language model's head, and without
                     if hasattr(type(module), _ENCODES):
                         stack.enter_context(_remembering(module, _ENCODES))
-            elif hasattr(component, "image_processor") and hasattr(component, "tokenizer"):
-                stack.enter_context(_remembering(component.image_processor, _PREPROCESSES))
+            elif hasattr(component, "tokenizer"):
+                processor = getattr(component, "image_processor", None)
+                if callable(getattr(processor, _PREPROCESSES, None)):  # a configuration has a name in its place
+                    stack.enter_context(_remembering(processor, _PREPROCESSES))
         yield
 
 

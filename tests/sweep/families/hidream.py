@@ -43,4 +43,5 @@ PARTS = {
     "tokenizer_4": TOKENIZER,
 }
 
-CASES = [Case("HiDreamImagePipeline", PARTS, {"max_sequence_length": 16}, prepare=shrink)]
+# A mixture of experts: where two are as good, the last bit of a batched product decides between them.
+CASES = [Case("HiDreamImagePipeline", PARTS, {"max_sequence_length": 16}, prepare=shrink, tolerance=0.5)]
