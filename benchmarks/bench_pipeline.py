@@ -108,12 +108,19 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.leader = torch.device(args.devices[0])
+        self.text_encoders: bool = getattr(args, "text_encoders", False)  # the rows of bench_step.py do without
         self.dtype = getattr(torch, args.dtype)
         self.image = Image.open(args.image).convert("RGB") if args.image else None
         self.image = self.inputs(args.steps).get("image")  # read once, and missing before 40 GB of weights are made
         say(f"building {args.model} ({args.scale}, {args.dtype}) on {self.leader}")
         self.pipe = models.build_pipeline(
-            args.model, device=self.leader, dtype=self.dtype, seed=args.seed, scale=args.scale, log=say
+            args.model,
+            device=self.leader,
+            dtype=self.dtype,
+            seed=args.seed,
+            scale=args.scale,
+            text_encoders=self.text_encoders,
+            log=say,
         )
         self.pipe.set_progress_bar_config(disable=True)
 
@@ -128,6 +135,7 @@ class Bench:
             dtype=self.dtype,
             scale=args.scale,
             image=self.image,
+            text_encoders=self.text_encoders,
         )
         return inputs | ({"output_type": "latent"} if getattr(args, "latents", False) else {})
 
@@ -360,6 +368,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file to merge the rows into (default: none is written)")
     parser.add_argument("--pictures", type=Path, help="folder to save the pictures in")
     args = parser.parse_args(argv)
+    args.text_encoders = True
     args.devices = args.devices.split(",")
     args.dtype = args.dtype or ("bfloat16" if args.scale == "real" else "float32")
     if len(args.devices) != 2:

@@ -34,8 +34,8 @@ def build_encoder(
 ) -> nn.Module:
     """The encoder in `dtype` on `device`. Two prompts that differ in a few words still differ after all its layers."""
     model = build_random(lambda: construct_encoder(encoder, scale=scale), device=device, dtype=dtype, seed=seed)
-    # As T5 is initialised. Embeddings smaller than what a layer adds would be lost in what all tokens have in common, and
-    # T5 does not scale its logits: queries and keys at unit scale would make them sqrt(d_kv) large.
+    # As T5 is initialised: embeddings smaller than what a layer adds would be lost in what all tokens have in common,
+    # and T5 does not scale its logits, which queries and keys at unit scale would make sqrt(d_kv) large.
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.mul_(module.embedding_dim**0.5)
