@@ -5,8 +5,8 @@
 
 Every process has caches of its own, as on machines that share nothing, and generates the same latents: `equal` says
 whether they are. By default Inductor times variants of a reduction, so it may choose others in another process.
-`enable_cfg_parallel(compile=True)` asks for its deterministic mode. `ms` is the median forward (a CUDA graph) of one more
-process alone on the GPU, with the caches of the first: nothing is compiled there.
+`enable_cfg_parallel(compile=True)` asks for its deterministic mode. `ms` is the median forward (a CUDA graph) of one
+more process alone on the GPU, with the caches of the first: nothing is compiled there.
 
 Exit status: 0, 1 if a process failed or the deterministic mode was not, 2 for wrong arguments.
 """
@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ def in_a_process(args: argparse.Namespace, name: str, mode: str, caches: Path) -
     return result
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kinds = [(name, mode) for name in args.models for mode in MODES]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
         caches = {(*kind, i): Path(folder) / "-".join([*kind, str(i)]) for kind in kinds for i in range(args.processes)}
@@ -81,23 +81,20 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name, mode in kinds:
             alone = in_a_process(args, name, mode, caches[name, mode, 0])
             shas = [results[name, mode, i]["sha256"] for i in range(args.processes)]
-            rows.append(
-                {
-                    "bench": "compile",
-                    "model": name,
-                    "size": models.size_label(name),
-                    "steps": args.steps,
-                    "mode": mode,
-                    "processes": args.processes,
-                    "results": len(set(shas)),
-                    "equal": len(set(shas)) == 1,
-                    "ms": round(alone["ms"], 3),
-                    "eager": alone["eager"],
-                    "sha256": shas,
-                    **facts(torch.device("cuda", 0)),
-                }
-            )
-    return rows
+            yield {
+                "bench": "compile",
+                "model": name,
+                "size": models.size_label(name),
+                "steps": args.steps,
+                "mode": mode,
+                "processes": args.processes,
+                "results": len(set(shas)),
+                "equal": len(set(shas)) == 1,
+                "ms": round(alone["ms"], 3),
+                "eager": alone["eager"],
+                "sha256": shas,
+                **facts(torch.device("cuda", 0)),
+            }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,11 +118,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("expected at least 2 --processes, 1 --at-once and 4 --steps")
     if not torch.cuda.is_available():
         parser.error("there is no GPU, and what Inductor chooses by timing are a GPU's kernels")
-    rows = run(args)
+    rows = []
+    for row in run(args):
+        rows.append(row)
+        if args.out:
+            merge_rows(args.out, [row])
+            say(f"wrote {args.out}")
     print(markdown_table(rows, COLUMNS), flush=True)
-    if args.out:
-        merge_rows(args.out, rows)
-        say(f"wrote {args.out}")
     bad = [row["model"] for row in rows if row["mode"] == "deterministic" and not row["equal"]]
     for name in bad:
         print(f"bench_compile: {name}: processes differ in the deterministic mode", file=sys.stderr)

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import models
 from benchmarks.results_file import markdown_table, merge_rows
 from benchmarks.timing import some_of
+
 from cfg_parallel.stopwatch import stopwatch
 
 # What each two-GPU mode passes to enable_cfg_parallel.
@@ -285,7 +286,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             modes[mode].extra |= {"equal": None, "why": "one GPU compiles the forward of a batch, which is another"}
     if args.pictures:
         pictures = {mode: measured.pictures[0] for mode, measured in [(ONE_GPU, one), *modes.items()]}
-        save_pictures(args.pictures, args.model, pictures)
+        save_pictures(args.pictures, models.label(args.model), pictures)
     if reference_name == ONE_GPU and not np.array_equal(reference, one.pictures[0]):
         raise BenchmarkError("Two generations on one GPU with the same seed differ; equality cannot be tested.")
     rows = [row(args, ONE_GPU, one, one, one.pictures[0], ONE_GPU)]
@@ -303,7 +304,7 @@ def row(
     gpu = torch.cuda.get_device_name(args.devices[0]) if args.devices[0].startswith("cuda") else platform.machine()
     return {
         "bench": "pipeline",
-        "model": args.model if args.scale == "real" else f"{args.model} ({args.scale})",
+        "model": models.label(args.model, args.scale),
         "size": models.size_label(args.model, size=args.size, scale=args.scale),
         "steps": args.steps,
         "mode": mode,
@@ -354,7 +355,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default="qwen-image-edit", choices=list(models.SPECS))
+    parser.add_argument(
+        "--model", type=models.argument, default="qwen-image-edit", help=f"{', '.join(models.SPECS)}, or a folder"
+    )
     parser.add_argument("--size", type=int, help="side of the picture or lines of the video; default: the model's")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=1, help="one GPU and each mode in turn, this many times")

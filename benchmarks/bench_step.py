@@ -64,7 +64,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_pipeline, models
+from benchmarks import bench_pipeline, folder_models, models
 from benchmarks.bench_pipeline import ONE_GPU, SKIPPED_STEPS, WARMUP_STEPS, Bench, BenchmarkError, Measured, StepClock
 from benchmarks.results_file import markdown_table, merge_rows
 from benchmarks.timing import some_of
@@ -585,7 +585,7 @@ def combination(args: argparse.Namespace, model: str, size: int | None, mode: st
     """The values of `SAME` that the row will have."""
     on_gpu = args.devices[0].startswith("cuda")
     return {
-        "model": model if args.scale == "real" else f"{model} ({args.scale})",
+        "model": models.label(model, args.scale),
         "size": models.size_label(model, size=size, scale=args.scale),
         "steps": args.steps,
         "mode": mode,
@@ -744,12 +744,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sized_models(text: str) -> list[tuple[str, int | None]]:
-    """An argparse type: names of models, each with or without @size."""
+    """An argparse type: names of models, each with or without @size, and folders."""
     chosen: list[tuple[str, int | None]] = []
     for item in text.split(","):
-        name, at, size = item.partition("@")
-        if name not in models.SPECS:
-            raise argparse.ArgumentTypeError(f"expected some of {','.join(models.SPECS)}, but got {name!r}")
+        sized = "@" in item and not folder_models.is_folder(item)
+        name, at, size = item.rpartition("@") if sized else (item, "", "")
+        name = models.argument(name)
         if at and (not size.isdecimal() or int(size) == 0 or int(size) % 16):
             raise argparse.ArgumentTypeError(f"expected a multiple of 16 after {name}@, but got {size!r}")
         chosen.append((name, int(size) if at else None))
@@ -765,7 +765,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", type=some_of(ONE_GPU, *MODES), default=list(MODES), help="one or several")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=3, help="rounds: the baseline and each mode in turn")
-    parser.add_argument("--devices", default="cuda:0,cuda:1", help="leader,follower; one GPU: without the two-GPU modes")
+    parser.add_argument("--devices", default="cuda:0,cuda:1", help="leader,follower; or one GPU, without modes of two")
     parser.add_argument("--transport", default="auto", choices=["auto", "peer", "nccl", "host"])
     parser.add_argument("--scale", default="real", choices=["real", "tiny"], help="tiny: for a dry run")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, tiny: float32")

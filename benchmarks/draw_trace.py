@@ -1,6 +1,6 @@
 """Draws one step of a trace (`handle.save_trace`, `cfg-parallel edit --trace`) as a picture.
 
-    python benchmarks/draw_trace.py trace.json --step 10 --out docs/timeline.png
+python benchmarks/draw_trace.py trace.json --step 10 --out docs/timeline.png
 """
 
 from __future__ import annotations

@@ -12,12 +12,14 @@ Qwen-Image and Qwen-Image-Edit are complete: a prompt (and a photo) go in, a pic
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from benchmarks import clip_t5_text
+from benchmarks import clip_t5_text, folder_models
 from benchmarks.model_specs import SPECS, TEXT_REAL, TEXT_TINY, VISION_REAL, VISION_TINY, Spec
 from benchmarks.qwen_text import make_processor, make_tokenizer, special_ids
 from benchmarks.random_weights import build_random
@@ -37,10 +39,34 @@ _FIRST_SPECIAL_ID = {"real": 151643, "tiny": 2048}
 _MAX_PIXELS = {"real": 12845056, "tiny": 56 * 56}
 
 
+def find(name: str) -> str:
+    """The model of that name, of that checkpoint's name, or in that folder. Raises ValueError if there is none."""
+    named = next((key for key, known in SPECS.items() if name in (key, known.checkpoint)), None)
+    if named is None and not folder_models.is_folder(name):
+        raise ValueError(f"expected a folder with a model_index.json, or some of {','.join(SPECS)}, but got {name!r}")
+    if named is None:
+        folder_models.spec(name)
+    return named or name
+
+
+def argument(text: str) -> str:
+    """An argparse type: what `find` takes."""
+    try:
+        return find(text)
+    except (ValueError, OSError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def spec(name: str) -> Spec:
+    name = find(name)
+    return SPECS[name] if name in SPECS else folder_models.spec(name)
+
+
+def label(name: str, scale: str = "real") -> str:
+    """What a row calls it."""
     if name not in SPECS:
-        raise ValueError(f"Unknown model {name!r}. Known: {', '.join(SPECS)}.")
-    return SPECS[name]
+        return Path(name).resolve().name
+    return name if scale == "real" else f"{name} ({scale})"
 
 
 def _pick(scale: str, real: Any, tiny: Any) -> Any:
@@ -116,6 +142,8 @@ def build_pipeline(
     per component, after its weights are in place.
     """
     model = spec(name)
+    if name not in SPECS:
+        return folder_models.load(name, device, dtype)
 
     def placed(part: str, module: torch.nn.Module) -> torch.nn.Module:
         if torch.device(device).type == "cuda":
@@ -182,6 +210,8 @@ def photo(size: int) -> Image.Image:
 
 def resolution(name: str, *, size: int | None = None, scale: str = "real") -> dict[str, int]:
     """`size` is the side of the square picture, or the number of lines (480, 720) of a 16:9 video of 81 frames."""
+    if name not in SPECS:
+        return {"height": size, "width": size} if size else {}  # else what the pipeline makes by itself
     size = size or _pick(scale, spec(name).size, spec(name).tiny_size)
     if spec(name).pipeline != "WanPipeline":
         return {"height": size, "width": size}
@@ -191,7 +221,7 @@ def resolution(name: str, *, size: int | None = None, scale: str = "real") -> di
 
 def size_label(name: str, *, size: int | None = None, scale: str = "real") -> str:
     shape = resolution(name, size=size, scale=scale)
-    return "x".join(str(shape[key]) for key in ("width", "height", "num_frames") if key in shape)
+    return "x".join(str(shape[key]) for key in ("width", "height", "num_frames") if key in shape) or "default"
 
 
 def inputs(
@@ -219,6 +249,12 @@ def inputs(
         **model.guidance,
         **shape,
     )
+    if name not in SPECS:
+        call |= {"prompt": PROMPT}
+        call |= {"negative_prompt": NEGATIVE_PROMPT} if folder_models.takes(name, "negative_prompt") else {}
+        if folder_models.takes_photograph(name):
+            call["image"] = photo(size or 1024) if image is None else image
+        return call
     if text_encoders or name.startswith("qwen"):
         call["prompt"], call["negative_prompt"] = _PROMPTS.get(model.pipeline, (PROMPT, NEGATIVE_PROMPT))
         if model.pipeline == "QwenImageEditPipeline":
@@ -234,7 +270,7 @@ def inputs(
 
 def guidance_off(name: str) -> dict[str, Any]:
     """Changes to `inputs(name)` that leave one call per step."""
-    if name.startswith("qwen"):
+    if name.startswith("qwen") or (name not in SPECS and "true_cfg_scale" in spec(name).guidance):
         return {"true_cfg_scale": 1.0, "negative_prompt": None}
     return {"true_cfg_scale" if "true_cfg_scale" in spec(name).guidance else "guidance_scale": 1.0}
 

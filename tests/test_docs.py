@@ -99,4 +99,45 @@ def test_benchmark_commands_are_taken(script: str) -> None:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip().startswith(f"python benchmarks/{script}")]
     for flag in {flag for line in lines for flag in re.findall(r"(?<!\S)(--[a-z-]+)", line)}:
-        assert f'add_argument("{flag}"' in source, f"{script} has no {flag}"
+        assert re.search(rf'add_argument\(\s*"{flag}"', source), f"{script} has no {flag}"
+
+
+def test_every_parameter_is_in_the_page() -> None:
+    """Of `enable_cfg_parallel`, with its default; of the handle and the offline engine, by name."""
+    import dataclasses
+    import inspect
+
+    import cfg_parallel
+
+    page = (ROOT / "docs" / "parameters.md").read_text()
+    for name, parameter in inspect.signature(cfg_parallel.enable_cfg_parallel).parameters.items():
+        if name != "pipe":
+            default = json.dumps(parameter.default) if isinstance(parameter.default, str) else repr(parameter.default)
+            assert f"| `{name}` | `{default}` |" in page, name
+    for name in ("report", "save_trace", "call_alone", "wait_until_ready", "followers", "disable"):
+        assert hasattr(cfg_parallel.CfgParallel, name) and f"`handle.{name}" in page
+    public = {name for name in vars(cfg_parallel.CfgParallel) if not name.startswith("_")}
+    assert public == {"report", "save_trace", "call_alone", "wait_until_ready", "followers", "disable"}
+    for cls in (cfg_parallel.DiffusionParallelConfig, cfg_parallel.OmniDiffusionSamplingParams):
+        for field in dataclasses.fields(cls):
+            assert f"`{field.name}`" in page, field.name
+
+
+def test_every_environment_variable_is_in_the_page() -> None:
+    """Whatever the package, its build or its tests read or ask for by name."""
+    page = (ROOT / "docs" / "environment.md").read_text()
+    sources = [*(ROOT / "python").rglob("*.py"), ROOT / "setup.py", *(ROOT / "tests").glob("*.py")]
+    pattern = re.compile(r'environ(?:\.get\(|\.setdefault\(|\[)\s*"([A-Z_]+)"')
+    read = {name for file in sources for name in pattern.findall(file.read_text())}
+    assert "CFG_PARALLEL_API_KEY" in read
+    own = {name for name in read if name.startswith("CFG_PARALLEL") or name in ("RANK", "WORLD_SIZE", "XDG_CACHE_HOME")}
+    assert not [name for name in own if f"`{name}`" not in page]
+    assert not [
+        name for name in re.findall(r"`(CFG_PARALLEL_\w+)`", page) if not any(name in f.read_text() for f in sources)
+    ]
+
+
+def test_every_module_is_in_the_map() -> None:
+    page = (ROOT / "docs" / "how_it_works.md").read_text()
+    files = sorted(file.name for file in (ROOT / "python" / "cfg_parallel").glob("*.py") if file.name != "__init__.py")
+    assert not [name for name in files if f"`{name}`" not in page]

@@ -132,7 +132,7 @@ def checks(page: str, code: str, names: dict[str, Any]) -> None:
         assert (Path.cwd() / "edited.png").is_file()
     if page == "README.md" and "image" in names:
         assert cfg_parallel.last_report(names["pipe"]).parallel_steps == 3
-    if page == "combining.md" and "handle.disable()\n" != code[-17:] and "enable_cfg_parallel" in code:
+    if page == "combining.md" and not code.endswith("handle.disable()\n") and "enable_cfg_parallel" in code:
         assert names["handle"].report.parallel_steps >= 3, names["handle"].report
     if page == "guidance.md":
         assert names["latents"].isfinite().all()

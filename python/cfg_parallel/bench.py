@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import runpy
 import subprocess
 import sys
 import time
@@ -53,12 +55,15 @@ def run(args: argparse.Namespace, devices: Sequence[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"{out} cannot be made ({error}): change --out.") from error
+    for name in args.model or ():
+        _check_model(name, scripts)
     jobs = plan(args, devices, scripts, out)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(_threads(devices))} if devices[0] == "cpu" else {})
     began = time.perf_counter()
     failed = []
     for i, job in enumerate(jobs, 1):
         print(f"\n== {i}/{len(jobs)} {job.name}: {job.why or PARTS[job.part]}", flush=True)
-        if job.why is None and subprocess.run(job.command, stdin=subprocess.DEVNULL).returncode != 0:
+        if job.why is None and subprocess.run(job.command, stdin=subprocess.DEVNULL, env=environment).returncode != 0:
             failed.append(job.name)
     text = summary(_rows(out), _rows(scripts / "results"), devices)
     (out / "summary.md").write_text(text + "\n")
@@ -84,7 +89,7 @@ def plan(args: argparse.Namespace, devices: Sequence[str], scripts: Path, out: P
     dry, two = devices[0] == "cpu", len(devices) > 1
     models = args.model or (_DRY_MODELS if dry else _QUICK_MODELS if args.quick else _MODELS)
     if args.size:
-        models = tuple(f"{model.partition('@')[0]}@{args.size}" for model in models)
+        models = tuple(f"{_sized(model)[0]}@{args.size}" for model in models)
     short = _DRY_STEPS if dry else _QUICK_STEPS if args.quick else None
     scale = ("--scale", "tiny") if dry else ()
     on = ("--devices", ",".join(devices))
@@ -113,7 +118,7 @@ def plan(args: argparse.Namespace, devices: Sequence[str], scripts: Path, out: P
             jobs.append(Job(part, part, script("step", *arguments)))
         else:
             for model in models:
-                name, _, size = model.partition("@")
+                name, size = _sized(model)
                 modes = _EXACT[-1:] if dry else _EXACT[:1] if args.quick else (_EXACT[0], _COMPILED)
                 arguments = ["--model", name, "--mode", ",".join(modes), *on, *scale]
                 arguments += ["--size", size] if size else []
@@ -121,6 +126,35 @@ def plan(args: argparse.Namespace, devices: Sequence[str], scripts: Path, out: P
                 why = None if two else "left out, as it compares two devices with one"
                 jobs.append(Job(part, f"{part} of {model}", script("pipeline", *arguments), why))
     return jobs
+
+
+def _threads(devices: Sequence[str]) -> int:
+    """CPU threads of each process. They share the cores, and equal bits need equal threads."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // len(devices))
+
+
+def _is_folder(model: str) -> bool:
+    return (Path(model) / "model_index.json").is_file()
+
+
+def _sized(model: str) -> tuple[str, str]:
+    """The name or folder, and the size, if there is one."""
+    if "@" not in model or _is_folder(model):
+        return model, ""
+    name, _, size = model.rpartition("@")
+    return name, size
+
+
+def _check_model(model: str, scripts: Path) -> None:
+    """Before anything runs. The scripts know best, but each would say it by itself."""
+    name, _ = _sized(model)
+    if _is_folder(name):
+        return
+    specs: Any = runpy.run_path(str(scripts / "model_specs.py"))["SPECS"]
+    if name not in {*specs, *(spec.checkpoint for spec in specs.values())}:
+        raise ConfigurationError(
+            f"--model {model}: there is no such folder, and the benchmarks know {', '.join(specs)}; name some of them."
+        )
 
 
 def _have_peer_access(devices: Sequence[str]) -> bool:
@@ -218,8 +252,8 @@ def _kernels(combine: list[dict[str, Any]], exchange: list[dict[str, Any]]) -> l
         shares = sorted(row["share"] for row in fused)
         wrong = sum(row["wrong"] for row in combine)
         lines.append(
-            f"Guidance kernels (`combine.md`): {len(fused)} configurations at {shares[0]:.0%} to {shares[-1]:.0%} of the "
-            f"bandwidth of a copy; {wrong} elements wrong."
+            f"Guidance kernels of {fused[0]['bytes'] / 2**20:.0f} MiB (`combine.md`): {len(fused)}, at {shares[0]:.0%} "
+            f"to {shares[-1]:.0%} of the bandwidth of a copy; {wrong} elements wrong."
         )
     timed = [row for row in exchange if row.get("mode") == "latency" and row.get("rule") == "cfg" and "us" in row]
     for nbytes in sorted({row["bytes"] for row in timed}):
@@ -262,5 +296,6 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     cells = [[line[i] for i in kept] for line in (head, *rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(kept))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
+    padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines = [f"| {line} |" for line in padded]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

@@ -1,5 +1,5 @@
 """The command `cfg-parallel`: `edit` runs the main job on a photograph, `demo` runs it on a model made on the spot,
-`serve` serves a model, `doctor` says what is wrong here, `bench` measures this machine, and `models` lists the pipelines.
+`serve` serves a model, `doctor` says what is wrong here, `bench` measures this machine, and `models` lists pipelines.
 
 Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was
 done, with one line on stderr that names the fix.
@@ -105,7 +105,10 @@ def _parser() -> argparse.ArgumentParser:
         "combine (guidance kernels), exchange (between two GPUs), step (a denoising step), pipeline (prompt to PNG).",
     )
     bench.add_argument(
-        "--model", type=_names, metavar="LIST", help="with or without @SIZE, such as sdxl,qwen-image@512 (default: seven)"
+        "--model",
+        type=_names,
+        metavar="LIST",
+        help="such as sdxl,qwen-image@512 (with random weights), or folders with weights (default: seven)",
     )
     bench.add_argument("--size", type=_pixels, metavar="PIXELS", help="of all models (default: each model's)")
     bench.add_argument("--steps", type=_steps, metavar="N", help="default: 20 for steps, 50 for whole generations")

@@ -6,8 +6,8 @@ Each check is a `Finding`: ok, a warning (it works, but) or an error (it does no
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import csv
+import ctypes
 import functools
 import importlib.metadata
 import inspect

@@ -54,6 +54,8 @@ class _Arguments(BaseModel):
     max_pixels: int = Field(Settings.max_pixels, ge=1)
     max_outputs: int = Field(Settings.max_outputs, ge=1)
     max_request_mb: float = Field(Settings.max_request_mb, gt=0, allow_inf_nan=False)
+    max_upload_seconds: float = Field(Settings.max_upload_seconds, gt=0, allow_inf_nan=False)
+    max_step_seconds: float = Field(Settings.max_step_seconds, gt=0, allow_inf_nan=False)
     allow_remote_images: bool = False
     log_prompts: bool = False
 
@@ -91,7 +93,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     devices: of one group: cpu,cpu (default: as many GPUs, which Ray is asked for).
     num_cpus: what Ray is asked for, for each replica; also its CPU threads, unless OMP_NUM_THREADS says (default: 1).
     dtype, transport, cuda_graphs, compile, served_model_name, api_key, max_queue, max_steps, max_pixels, max_outputs,
-    max_request_mb, allow_remote_images, log_prompts: as the flags of `cfg-parallel serve`. The limits are a replica's.
+    max_request_mb, max_upload_seconds, max_step_seconds, allow_remote_images, log_prompts: as the flags of
+    `cfg-parallel serve`. The limits are a replica's.
 
     Raises ConfigurationError for an argument that is unknown, missing or bad."""
     try:

@@ -31,8 +31,8 @@ class Case:
     off: Mapping[str, Any] = field(default_factory=dict)  # changes of the call that turn guidance off
     prepare: Callable[[Any], None] = lambda pipe: None  # done to the pipeline
     note: str = ""  # a fact about the pipeline, for the table
-    # How far two devices may be from one that runs a batch whole, of the largest value, in float32: a batch of two and two
-    # of one run other kernels, and a few steps enlarge what their rounding differs by.
+    # How far two devices may be from one that runs a batch whole, of the largest value, in float32: a batch of two and
+    # two of one run other kernels, and a few steps enlarge what their rounding differs by.
     tolerance: float = 2e-3
 
     @property
