@@ -24,14 +24,14 @@ from tiny import TINY
 pytestmark = [pytest.mark.timeout(280), pytest.mark.usefixtures("forked")]
 
 SMALLER = {
-    "num_inference_steps=50": "num_inference_steps=3",
-    "num_inference_steps=20": "num_inference_steps=3",
+    "num_inference_steps=50": "num_inference_steps=2",
+    "num_inference_steps=20": "num_inference_steps=2",
     '.to("cuda")': '.to("cpu")',
     "torch_dtype=torch.bfloat16": "torch_dtype=torch.float32",
     "enable_model_cpu_offload()": 'enable_model_cpu_offload(device="cpu")',
     "compile=True)": 'compile=True, compile_options={"backend": "eager"})',  # Inductor takes minutes for two CPUs
     "torch.compile(fullgraph=True)": 'torch.compile(fullgraph=True, backend="eager")',
-    '"num_inference_steps": 50': '"num_inference_steps": 3',
+    '"seed": 0}': '"seed": 0, "size": "64x64", "num_inference_steps": 2}',
 }
 NOT_RUN = {"parallelism.md": "torchrun with four processes; tests/test_composition.py runs the same"}
 FOLDERS = ("Qwen/Qwen-Image-Edit",)  # loaded from disk by commands and engines; others by their class
@@ -127,11 +127,11 @@ def test_python_runs(
 def checks(page: str, code: str, names: dict[str, Any]) -> None:
     """What a block has left is what the page says of it."""
     if page == "quick_start.md" and "print(handle.report)" in code:
-        assert names["handle"].report.parallel_steps == 3
+        assert names["handle"].report.parallel_steps == 2
     if page == "README.md" and "omni" in names:
         assert (Path.cwd() / "edited.png").is_file()
     if page == "README.md" and "image" in names:
-        assert cfg_parallel.last_report(names["pipe"]).parallel_steps == 3
+        assert cfg_parallel.last_report(names["pipe"]).parallel_steps == 2
     if page == "combining.md" and not code.endswith("handle.disable()\n") and "enable_cfg_parallel" in code:
         assert names["handle"].report.parallel_steps >= 3, names["handle"].report
     if page == "guidance.md":
