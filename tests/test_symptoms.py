@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import cfg_parallel
-from cfg_parallel import ConfigurationError, cli, doctor, enable, enable_cfg_parallel, extension
+from cfg_parallel import ConfigurationError, cli, doctor, enable, enable_cfg_parallel, extension, nvrtc
 from cfg_parallel.codec import TensorSpec
 from cfg_parallel.discovery import choose_devices
 from cfg_parallel.remote import RemoteFollower
@@ -102,10 +102,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
         native.build_info = lambda: {"cuda": "13.0", "archs": "90"}
         monkeypatch.setitem(sys.modules, "cfg_parallel._C", native if module else None)
         extension._load.cache_clear()
+        nvrtc._load.cache_clear()
 
     yield make
     monkeypatch.undo()
     extension._load.cache_clear()
+    nvrtc._load.cache_clear()
 
 
 # 1, 2: guidance that is off
