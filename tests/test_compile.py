@@ -122,7 +122,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         cfg_parallel.enable_cfg_parallel(TINY["qwen_image"].build(), **CPUS, **arguments)
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "sd15"])
+@pytest.mark.parametrize("name", ["qwen_image", pytest.param("sd15", marks=pytest.mark.thorough)])
 def test_compiled_on_both_sides(name: str) -> None:
     tiny = TINY[name]
     pipe = tiny.build()

@@ -73,7 +73,7 @@ def test_context_parallelism(tmp_path: Path, device: str) -> None:
 @pytest.mark.parametrize(
     ("device", "pairs"),
     [
-        ("cpu", 1),
+        pytest.param("cpu", 1, marks=pytest.mark.thorough),
         ("cpu", 2),
         pytest.param("cuda", 1, marks=pytest.mark.gpu(count=2)),
         pytest.param("cuda", 2, marks=FOUR_GPUS),
@@ -111,6 +111,7 @@ def test_tensor_parallelism(tmp_path: Path, device: str, pairs: int) -> None:
     run(tmp_path, device, "qwen_image", pairs, script)
 
 
+@pytest.mark.thorough
 def test_more_ranks_than_passes_need_something_to_share(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(PREAMBLE + "cfg_parallel.enable_cfg_parallel(pipe)\n")

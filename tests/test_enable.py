@@ -176,6 +176,7 @@ def test_garbage_collected_pipeline_ends_its_follower() -> None:
     assert not process.is_running()
 
 
+@pytest.mark.thorough
 def test_more_devices_than_branches(plain: Any) -> None:
     """Three processes for two branches, and three for InstructPix2Pix's three."""
     for name in ("qwen_image", "instruct_pix2pix"):
@@ -243,6 +244,7 @@ def test_one_gpu_visible(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_enabling_twice(pipe: Any) -> None:
     with enable_cfg_parallel(pipe), pytest.raises(ConfigurationError, match="enabled already"):
         enable_cfg_parallel(pipe)
@@ -300,6 +302,7 @@ def test_pipeline_that_is_cast_or_moved(pipe: Any) -> None:
             generate(pipe, QWEN.inputs())
 
 
+@pytest.mark.thorough
 def test_two_pipelines_at_once_in_two_threads() -> None:
     pipes = [QWEN.build(), TINY["sd15"].build()]
     tinies = [QWEN, TINY["sd15"]]

@@ -410,6 +410,7 @@ def test_a_denoiser_dispatched_by_accelerate() -> None:
     assert hasattr(pipe.transformer, "_hf_hook")
 
 
+@pytest.mark.thorough
 def test_torchrun(tmp_path: Path) -> None:
     """Each rank takes its denoiser out of the offloading."""
     script = tmp_path / "script.py"

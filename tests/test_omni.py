@@ -269,8 +269,8 @@ def test_refused_before_weights_are_loaded(qwen: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("processes", "config"),
     [
-        (2, {"cfg_parallel_size": 2}),
-        (2, {"tensor_parallel_size": 2}),
+        pytest.param(2, {"cfg_parallel_size": 2}, marks=pytest.mark.thorough),
+        pytest.param(2, {"tensor_parallel_size": 2}, marks=pytest.mark.thorough),
         (4, {"cfg_parallel_size": 2, "tensor_parallel_size": 2}),
     ],
 )

@@ -67,7 +67,15 @@ def _compile(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("weakened", [None, "memory_order_release", "memory_order_acquire", "memory_order_acq_rel"])
+@pytest.mark.parametrize(
+    "weakened",
+    [
+        None,
+        pytest.param("memory_order_release", marks=pytest.mark.thorough),
+        pytest.param("memory_order_acquire", marks=pytest.mark.thorough),
+        "memory_order_acq_rel",
+    ],
+)
 def test_kernels_as_cpu_threads(tmp_path: Path, weakened: str | None) -> None:
     """Every byte arrives, waits end, and ThreadSanitizer finds each access ordered; it finds a race as soon as one of
     the memory orders is missing."""

@@ -39,7 +39,9 @@ def test_killed_leader_leaves_no_follower() -> None:
     kill_a_leader("cpu")
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise RuntimeError('on purpose')", "os._exit(4)"])
+@pytest.mark.parametrize(
+    "end", ["raise RuntimeError('on purpose')", pytest.param("os._exit(4)", marks=pytest.mark.thorough)]
+)
 def test_ended_leader_leaves_no_follower(end: str) -> None:
     script = PREAMBLE + textwrap.dedent(f"""
         import os
@@ -100,6 +102,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert (tmp_path / "failed0").exists() and (tmp_path / "failed1").exists()
 
 
+@pytest.mark.thorough
 def test_torchrun_with_the_wrong_number_of_processes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(PREAMBLE + "cfg_parallel.enable_cfg_parallel(pipe, cfg_parallel_size=3)\n")

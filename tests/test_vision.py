@@ -18,6 +18,8 @@ from cfg_parallel.vision import pictures_seen_once
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import models
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 class Encoder(torch.nn.Module):
     """A text encoder that sees, as transformers names its parts."""
@@ -50,29 +52,26 @@ def _no_grad() -> Any:
         yield
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_an_edit_looks_at_its_photograph_once(size: int) -> None:
+def test_an_edit_looks_at_its_photograph_once() -> None:
     def build() -> Any:
         pipe = models.build_pipeline("qwen-image-edit", device="cpu", dtype=torch.float32, scale="tiny")
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def generate(pipe: Any, **changes: Any) -> torch.Tensor:
-        call = models.inputs("qwen-image-edit", steps=3, device="cpu", dtype=torch.float32, scale="tiny")
+        call = models.inputs("qwen-image-edit", steps=2, device="cpu", dtype=torch.float32, scale="tiny")
         return torch.from_numpy(pipe(**(call | changes)).images)
 
     plain, pipe = build(), build()
     visual = pipe.text_encoder.model.visual
     photo = models.photo(64)
     with (
-        cfg_parallel.enable_cfg_parallel(pipe, devices=["cpu"] * size, cfg_parallel_size=size),
+        cfg_parallel.enable_cfg_parallel(pipe, devices=["cpu", "cpu"]),
         mock.patch.object(visual, "forward", wraps=visual.forward) as seen,
     ):
-        for image in (photo, photo.rotate(90)):
-            seen.reset_mock()
-            assert torch.equal(generate(pipe, image=image), generate(plain, image=image))
-            assert seen.call_count == 1
-        generate(pipe, image=[photo, photo.rotate(90)][:1], true_cfg_scale=1.0)
+        assert torch.equal(generate(pipe, image=photo), generate(plain, image=photo))
+        assert seen.call_count == 1
+        generate(pipe, image=photo)
         assert seen.call_count == 2  # nothing is kept from one generation to the next
     for owner in (pipe.text_encoder, pipe.text_encoder.model, pipe.processor.image_processor):
         assert not {"get_image_features", "preprocess"} & owner.__dict__.keys()
