@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -111,13 +111,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to merge the rows into (default: none is written)")
     parser.add_argument("--worker", choices=list(MODES), help=argparse.SUPPRESS)  # this is one of the processes
     args = parser.parse_args(argv)
-    if args.worker:
-        print(json.dumps(generate(args.models[0], args.worker, args.steps, args.seed)))
-        return 0
     if args.processes < 2 or args.at_once < 1 or args.steps < 4:
         parser.error("expected at least 2 --processes, 1 --at-once and 4 --steps")
     if not torch.cuda.is_available():
         parser.error("there is no GPU, and what Inductor chooses by timing are a GPU's kernels")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.worker:
+        print(json.dumps(generate(args.models[0], args.worker, args.steps, args.seed)))
+        return 0
     rows = []
     for row in run(args):
         rows.append(row)

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         events = json.loads(args.trace.read_text())["traceEvents"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{args.trace} is no trace ({error}): make one with `cfg-parallel edit --trace FILE`")
     draw(events, args.step, args.out, args.title)
     print(f"wrote {args.out}")

@@ -58,7 +58,12 @@ def test_quick_compiles_nothing(peers: None) -> None:
 
 def test_without_peer_access_there_is_no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)
-    assert plan(GPUS)["exchange"].why == "left out, as it needs peer access"
+    assert plan(GPUS)["exchange"].why == "left out, as it needs two GPUs with peer access"
+
+
+def test_the_exchange_of_other_gpus_says_how(peers: None) -> None:
+    why = plan(["cuda:1", "cuda:0"], model=("sdxl",))["exchange"].why
+    assert why is not None and "CUDA_VISIBLE_DEVICES" in why
 
 
 def test_one_gpu_measures_graphs() -> None:

@@ -23,7 +23,7 @@ import test_program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_combine, bench_peer_combine, bench_serving, clip_t5_text, models, timing
+from benchmarks import bench_combine, bench_compile, bench_peer_combine, bench_serving, clip_t5_text, models, timing
 from benchmarks.model_specs import CLIP_G, CLIP_L, CLIP_L_PROJECTED, SPECS, T5_XXL, UMT5_XXL, TextEncoder
 from benchmarks.random_weights import parameters_on_meta
 
@@ -56,6 +56,8 @@ def test_without_the_gpus_one_line_and_exit_status_2(script: str) -> None:
         (bench_peer_combine, ["--stress", "-1"], "number of exchanges"),
         (bench_serving, ["--devices", "cpu,cpu", "--clients", "0"], "at least 1"),
         (bench_serving, ["--model", "sdxl"], "invalid choice"),
+        (bench_compile, ["--processes", "1"], "at least 2 --processes"),
+        (bench_compile, ["--models", "wan21-1.3b"], "expected some of"),
     ],
 )
 def test_wrong_arguments(script: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

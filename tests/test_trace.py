@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import cfg_parallel
 from cfg_parallel import ConfigurationError, cli, timing
 from helpers_demo import demo_model
 from tiny import TINY, generate, picture
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import draw_trace
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -64,6 +69,24 @@ def test_a_generation_that_fails_before_its_first_step_has_a_trace(tmp_path: Pat
         handle.save_trace(tmp_path / "trace.json")
         assert handle.report.steps == 0
     assert not [event for event in events_of(tmp_path / "trace.json") if event["ph"] == "X"]
+
+
+def test_a_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, path, picture_of = TINY["qwen_image"].build(), tmp_path / "trace.json", tmp_path / "step.png"
+    with cfg_parallel.enable_cfg_parallel(pipe, devices=["cpu", "cpu"]) as handle:
+        generate(pipe, TINY["qwen_image"].inputs(num_inference_steps=4))
+        handle.save_trace(path)
+    begin, end = draw_trace.window_of(events_of(path), 3)
+    assert 0 < begin < end
+    assert list(draw_trace.rows_of(events_of(path)).values())[-1] == "follower\ncpu"
+    assert draw_trace.main([str(path), "--step", "3", "--out", str(picture_of)]) == 0
+    assert Image.open(picture_of).size[0] > 500
+    with pytest.raises(SystemExit, match="there is no step 9: the trace has 4"):
+        draw_trace.main([str(path), "--step", "9", "--out", str(picture_of)])
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        draw_trace.main([str(tmp_path / "other.json"), "--out", str(picture_of)])
+    assert "is no trace" in capsys.readouterr().err
 
 
 def test_the_command_writes_one(tmp_path: Path) -> None:

@@ -104,7 +104,11 @@ def plan(args: argparse.Namespace, devices: Sequence[str], scripts: Path, out: P
             quick = ("--quick",) if args.quick else ()
             jobs.append(Job(part, part, script("combine", "--device", devices[0], *quick), why))
         elif part == "exchange":
-            why = None if two and not dry and _have_peer_access(devices) else "left out, as it needs peer access"
+            why = None
+            if dry or not two or not _have_peer_access(devices):
+                why = "left out, as it needs two GPUs with peer access"
+            elif list(devices) != ["cuda:0", "cuda:1"]:
+                why = "left out, as it runs on cuda:0 and cuda:1 only; CUDA_VISIBLE_DEVICES makes others those"
             jobs.append(Job(part, part, script("peer_combine", *(("--quick",) if args.quick else ())), why))
         elif part == "step":
             modes = (_ONE, *_EXACT[:1], *(() if args.quick else (_COMPILED, *_RIVALS)))
