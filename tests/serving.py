@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -15,11 +16,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import psutil
+import torch
 from PIL import Image
+
+from cfg_parallel import Omni, OmniDiffusionSamplingParams
+from helpers_demo import demo_model
+from tiny import TINY
 
 READY = " is ready at "
 
@@ -127,3 +135,44 @@ def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> io.Bytes
 
 def url_of(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file_of(image).getvalue()).decode()
+
+
+# Pictures as they are without a server.
+
+FIELDS: dict[str, Any] = {"negative_prompt": "low quality", "true_cfg_scale": 4.0, "num_inference_steps": 3}
+_engines: dict[str, Omni] = {}
+
+
+@functools.cache
+def models(folder: Path) -> dict[str, str]:
+    """Folders of tiny pipelines: one that needs no picture, one that takes several."""
+    import diffusers
+
+    TINY["qwen_image"].build().save_pretrained(folder / "image")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(demo_model()))
+    diffusers.QwenImageEditPlusPipeline(**pipe.components).save_pretrained(folder / "plus")
+    return {"image": str(folder / "image"), "plus": str(folder / "plus")}
+
+
+def offline(model: str, seed: int, *images: Image.Image, size: int = 32, **params: Any) -> list[Image.Image]:
+    """What plain diffusers gives on one device, in this process. `close_engines` ends what is kept for it."""
+    if model not in _engines:
+        torch.set_num_threads(1)
+        _engines[model] = Omni(model, devices=["cpu"])
+        _engines[model].pipe.set_progress_bar_config(disable=True)
+    given = {"true_cfg_scale": 4.0, "num_inference_steps": 3, "height": size, "width": size, "seed": seed} | params
+    prompt: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "low quality"}
+    if images:
+        prompt["multi_modal_data"] = {"image": images[0] if len(images) == 1 else list(images)}
+    (output,) = _engines[model].generate(prompt, OmniDiffusionSamplingParams(**given))
+    return output.images
+
+
+def close_engines() -> None:
+    while _engines:
+        _engines.popitem()[1].close()
+    models.cache_clear()
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
