@@ -42,11 +42,12 @@ _MAX_PIXELS = {"real": 12845056, "tiny": 56 * 56}
 def find(name: str) -> str:
     """The model of that name, of that checkpoint's name, or in that folder. Raises ValueError if there is none."""
     named = next((key for key, known in SPECS.items() if name in (key, known.checkpoint)), None)
-    if named is None and not folder_models.is_folder(name):
+    if named is not None:
+        return named
+    if not folder_models.is_folder(name):
         raise ValueError(f"expected a folder with a model_index.json, or some of {','.join(SPECS)}, but got {name!r}")
-    if named is None:
-        folder_models.spec(name)
-    return named or name
+    folder_models.spec(name)  # raises for one that cannot be compared
+    return name
 
 
 def argument(text: str) -> str:

@@ -43,7 +43,7 @@ class Job:
 
     part: str
     name: str
-    command: tuple[str, ...] = ()
+    command: tuple[str, ...]
     why: str | None = None
 
 

@@ -347,10 +347,11 @@ def _names(text: str) -> tuple[str, ...]:
 def _parts(text: str) -> tuple[str, ...]:
     from cfg_parallel.bench import PARTS
 
-    for name in _names(text):
+    parts = _names(text)
+    for name in parts:
         if name not in PARTS:
             raise argparse.ArgumentTypeError(f"expected some of {','.join(PARTS)}, but got {name!r}")
-    return _names(text)
+    return parts
 
 
 def _key(text: str) -> str:

@@ -51,13 +51,13 @@ def _remembering(owner: Any, name: str) -> Iterator[None]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or getattr(owner, "training", False):
             return function(*args, **kwargs)
+        for known, given in answers:
+            if _same(known, (args, kwargs)):
+                return _copy(given)
         try:
             asked = _copy((args, kwargs))
         except _NotPlainError:
             return function(*args, **kwargs)
-        for known, given in answers:
-            if _same(known, asked):
-                return _copy(given)
         result = function(*args, **kwargs)
         with contextlib.suppress(_NotPlainError):  # then it is asked again
             answers.append((asked, _copy(result)))
