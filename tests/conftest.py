@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 
@@ -20,7 +19,21 @@ if os.environ.get("CI"):
 torch.set_num_threads(1)
 
 
+# Files that start servers, ranks or commands: minutes each, so they come first, or one process would end the run alone.
+_LONG = [
+    *("test_serve.py", "test_serve_processes.py", "test_processes.py", "test_sweep.py", "test_enable.py"),
+    *("test_snippets.py", "test_page.py", "test_compile.py", "test_faults.py", "test_bench_step.py"),
+    *("test_composition.py", "test_pipelines.py", "test_omni.py", "test_ray_app.py"),
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist's own order: by the number of tests in a file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
     gpus = torch.cuda.device_count()
     for item in items:
         marker = item.get_closest_marker("gpu")
@@ -36,5 +49,5 @@ def forked() -> Iterator[None]:
     """Followers without the seconds that a new Python needs to import PyTorch and diffusers, where there is no GPU."""
     from forked import forked_followers
 
-    with contextlib.nullcontext() if torch.cuda.is_available() else forked_followers():
+    with forked_followers():
         yield

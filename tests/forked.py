@@ -1,18 +1,23 @@
-"""Followers forked from this process, which has imported everything already: two hundred starts cost nothing.
+"""Followers and ranks forked from this process, which has imported everything already: their starts cost nothing.
 
-Another process all the same, with the main loop of a follower. How one is started is tested
+Other processes all the same, with the main loop of a follower, or the script of a rank. How they are started is tested
 elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
+import sys
 import tempfile
+import time
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -75,5 +80,49 @@ def _start(leader_device: torch.device, device: torch.device, timeout: float) ->
 
 
 def forked_followers() -> Any:
-    """Inside this context `enable_cfg_parallel` forks its followers. For CPUs only."""
+    """Inside this context `enable_cfg_parallel` forks its followers, where there is no GPU."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
     return mock.patch.object(RemoteFollower, "start", staticmethod(_start))
+
+
+def _run_rank(script: Path, rank: int, processes: int, port: int, output: Any) -> None:
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = 1
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def forked_ranks(script: Path, processes: int, timeout: float = 150) -> tuple[int, str]:
+    """The script in so many ranks, as `torchrun` would run them on CPUs: the first exit status that is not 0, and what
+    they wrote. When one fails, the others are ended."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryFile("w+") as output:
+        ranks = [
+            fork.Process(target=_run_rank, args=(script, rank, processes, port, output)) for rank in range(processes)
+        ]
+        for rank in ranks:
+            rank.start()
+        end = time.monotonic() + timeout
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        late = not any(rank.exitcode for rank in ranks) and any(rank.is_alive() for rank in ranks)
+        codes = [rank.exitcode for rank in ranks if rank.exitcode]
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        output.seek(0)
+        return (codes[0] if codes else -1 if late else 0), output.read()

@@ -26,6 +26,7 @@ from cfg_parallel.caches import Cache
 from cfg_parallel.calls import Call, Denoiser
 from cfg_parallel.remote import RemoteCall, RemoteCallError
 from cfg_parallel.replica import fingerprint
+from forked import forked_followers
 from tiny import TINY, generate, randomize
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
@@ -187,7 +188,7 @@ def loop(config: Any = None) -> Loop:
 def live() -> Iterator[tuple[Loop, Any]]:
     """Enabled with its cache."""
     pipe = loop(first_block(SKIPS))
-    with cfg_parallel.enable_cfg_parallel(pipe, devices=CPUS) as handle:
+    with forked_followers(), cfg_parallel.enable_cfg_parallel(pipe, devices=CPUS) as handle:
         yield pipe, handle
 
 

@@ -220,6 +220,7 @@ def test_schedulers_that_copy_nothing_are_left_alone() -> None:
     assert coefficients.are_needed
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_pipeline_with_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cfg_parallel.leader.executor", lambda device, wait: (interpret, "interpreter"))
     monkeypatch.setattr("cfg_parallel.enable.Coefficients", lambda device_type: Coefficients("cpu"))

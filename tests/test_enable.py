@@ -22,7 +22,7 @@ from cfg_parallel.remote import RemoteFollower
 from tiny import TINY, generate
 
 QWEN = TINY["qwen_image"]
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,6 @@ def test_garbage_collected_pipeline_ends_its_follower() -> None:
     assert not process.is_running()
 
 
-@pytest.mark.thorough
 def test_more_devices_than_branches(plain: Any) -> None:
     """Three processes for two branches, and three for InstructPix2Pix's three."""
     for name in ("qwen_image", "instruct_pix2pix"):
@@ -244,7 +243,6 @@ def test_one_gpu_visible(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.thorough
 def test_enabling_twice(pipe: Any) -> None:
     with enable_cfg_parallel(pipe), pytest.raises(ConfigurationError, match="enabled already"):
         enable_cfg_parallel(pipe)
@@ -302,7 +300,6 @@ def test_pipeline_that_is_cast_or_moved(pipe: Any) -> None:
             generate(pipe, QWEN.inputs())
 
 
-@pytest.mark.thorough
 def test_two_pipelines_at_once_in_two_threads() -> None:
     pipes = [QWEN.build(), TINY["sd15"].build()]
     tinies = [QWEN, TINY["sd15"]]

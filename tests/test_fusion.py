@@ -25,7 +25,7 @@ from cfg_parallel.program import Program, interpret
 from reference import reference
 from tiny import TINY, generate
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 CPU = torch.device("cpu")
 
 

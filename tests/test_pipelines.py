@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cfg_parallel
+from forked import forked_followers
 from reference import reference
 from tiny import STOCHASTIC_SCHEDULERS, TINY, Tiny, generate, with_scheduler
 
@@ -48,7 +49,8 @@ class Pair:
 @pytest.fixture(scope="module", params=["qwen_image", "sd15", "instruct_pix2pix"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """One cheap pipeline of each pattern."""
-    pair = Pair(request.param)
+    with forked_followers():
+        pair = Pair(request.param)
     yield pair
     pair.handle.disable()
 

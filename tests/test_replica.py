@@ -216,6 +216,8 @@ class Lora(torch.nn.Module):
         self.disabled = False
         self.table = torch.ones(4)
         self.options = {"nested": {"values": [1, (2, 3)]}}
+        self.first = torch.nn.SiLU()
+        self.register_module("second", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x)
@@ -244,6 +246,8 @@ CHANGES: dict[str, Callable[[Lora], Any]] = {
     "removed module": lambda m: m.down.pop("default"),
     "replaced module": lambda m: setattr(m, "base", torch.nn.Linear(4, 4)),
     "replaced by another class": lambda m: setattr(m, "base", torch.nn.Identity()),
+    "replaced without weights": lambda m: setattr(m, "first", torch.nn.SiLU()),
+    "in another place": lambda m: m._modules.update(first=None, second=m.first),
     "scaling": lambda m: m.scaling.update(default=0.5),
     "adapter": lambda m: m.active.append("second"),
     "merged": lambda m: m.merged.append("default"),
@@ -325,6 +329,7 @@ def test_a_generation_changes_nothing(name: str) -> None:
     assert not changed_by(getattr(pipe, tiny.denoiser), lambda: generate(pipe, tiny.inputs(seed=1)))
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("generation", [0, 1], ids=["that one", "the next one"])
 def test_weights_changed_during_a_generation(generation: int) -> None:
     """By a callback, a LoRA scale that follows a schedule for one: it counts in that generation, and in the next."""
@@ -344,6 +349,7 @@ def test_weights_changed_during_a_generation(generation: int) -> None:
     assert torch.equal(got[generation], expected[generation])
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("how", ["whole", "part"])
 def test_latents_written_in_place_reach_the_follower(how: str) -> None:
     """The same tensor object in every step, overwritten by the scheduler: it is resident only while it is unchanged."""

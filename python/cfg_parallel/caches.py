@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cfg_parallel.modules import hooks_of, submodules
+
 # diffusers' name for the context of a batch of passes. Its rows share a state, so it is not worth a journey.
 BATCH = "cond_uncond"
 
@@ -38,15 +40,9 @@ class Cache:
         )
 
 
-def hooks_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The hooks that diffusers has put on one module (caches, offload, casting)."""
-    registry = module.__dict__.get("_diffusers_hook")
-    return registry.hooks if registry is not None else {}
-
-
 def reset(module: torch.nn.Module) -> None:
     """As a pipeline does at its end."""
-    for sub in module.modules():
+    for sub in submodules(module):
         for hook in hooks_of(sub).values():
             if hook._is_stateful:
                 hook.reset_state(sub)
@@ -88,7 +84,7 @@ def restore(module: torch.nn.Module, states: dict[Any, Any]) -> None:
 
 
 def _stateful(module: torch.nn.Module) -> Iterator[tuple[Any, str]]:
-    for sub in module.modules():
+    for sub in submodules(module):
         for name, hook in hooks_of(sub).items():
             if hook._is_stateful:
                 yield hook, name

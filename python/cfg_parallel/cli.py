@@ -207,13 +207,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     if (missing := _missing_for_serve()) is not None:
         raise ConfigurationError(f"`serve` needs {missing}: pip install 'cfg-parallel[serve]'.")
-    from cfg_parallel.preflight import (
-        choose_devices,
-        enable_arguments,
-        fetch_model_index,
-        find_pipeline_class,
-        read_model_index,
-    )
+    from cfg_parallel.preflight import choose_devices, device_names, enable_arguments, read_model_index
     from cfg_parallel.serving.server import bind, serve
     from cfg_parallel.serving.settings import Settings, check_factory, is_factory
 
@@ -223,15 +217,13 @@ def _serve(args: argparse.Namespace) -> int:
             f"--devices names {len(args.devices)}, and {args.replicas} x {size} are needed (--replicas and "
             "--cfg-parallel-size): make them agree."
         )
-    index = None
     if is_factory(args.model):
         check_factory(args.model)
     else:
-        index = read_model_index(args.model)
+        read_model_index(args.model)
     bound = bind(args.host, args.port)
-    devices = choose_devices(size * args.replicas, args.devices, args.transport)
-    if not is_factory(args.model):
-        find_pipeline_class(args.model, index or fetch_model_index(args.model))
+    # The replicas find out whether devices and classes that are named exist: to load PyTorch here takes seconds, too.
+    devices = device_names(args.devices) if args.devices else choose_devices(size * args.replicas, None, args.transport)
     settings = Settings(
         model=args.model,
         devices=tuple(devices),

@@ -361,7 +361,8 @@ class Leading(CfgParallel):
             for denoiser in self._denoisers.values():  # a generation that failed has left something in its caches
                 reset(denoiser.module)
                 self._leader.reset(denoiser)
-                self._leader.know_hooks(denoiser)
+                if self._leader.is_hooked(denoiser):  # by group offload, which the fingerprint leaves out
+                    self._leader.know_hooks(denoiser)
             with pictures_seen_once(list(self._pipe().__dict__.values())):
                 output = call(*args, **kwargs)
             if any(isinstance(tensor, PendingPrediction) for tensor in tensors_in(output)):

@@ -133,7 +133,7 @@ class Leader:
         """Those that its replicas have, too. A guider may put others on it for one pass, and take them off again."""
         self._hooks[denoiser.name] = Hooks(denoiser.module)
 
-    def _is_hooked(self, denoiser: Denoiser) -> bool:
+    def is_hooked(self, denoiser: Denoiser) -> bool:
         hooks = self._hooks.get(denoiser.name) if self.remotes or self.graphs.on else None
         return hooks is not None and hooks.changed()
 
@@ -226,7 +226,7 @@ class Leader:
             self.before_step()
         call = Call.of(denoiser, args, kwargs, self.device)
         signature = call.signature()
-        if self._is_hooked(denoiser):
+        if self.is_hooked(denoiser):
             generation.note("the pipeline changes the denoiser's hooks or attention processors while it runs")
             return self._run_here(generation, call, signature, hooked=True)
         split = self._splits.get(signature)
@@ -495,7 +495,7 @@ class Leader:
             raise RecordingError(
                 "An argument of a call was overwritten before its result was used, so that it cannot be run again here."
             )
-        if self._is_hooked(call.denoiser):
+        if self.is_hooked(call.denoiser):
             raise RecordingError("The denoiser has other hooks by now than in a call that is to be run again here.")
         return encode_plain(self._run(generation, call, graphs=self.graphs, for_good=True))[1]  # type: ignore[return-value]
 
@@ -547,7 +547,7 @@ class Leader:
 
     def _is_as_it_was(self, call: Call) -> bool:
         """Whether the call can be run again."""
-        return call.unchanged() and not self._is_hooked(call.denoiser)
+        return call.unchanged() and not self.is_hooked(call.denoiser)
 
     # Shared.
 

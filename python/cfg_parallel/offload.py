@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cfg_parallel.caches import hooks_of
 from cfg_parallel.errors import ConfigurationError
+from cfg_parallel.modules import hooks_of, submodules
 
 _GROUP = "group_offloading"
 FIRST_FORWARD_HOOKS = ("layer_execution_tracker", "lazy_prefetch_group_offloading")  # of group offload with a stream
@@ -97,7 +97,7 @@ def refuse_group_offload(name: str, module: torch.nn.Module) -> None:
 
 def remove_accelerate_hooks(module: torch.nn.Module) -> None:
     """What moves a module, or its arguments, to the device of another process."""
-    if any("_hf_hook" in sub.__dict__ for sub in module.modules()):
+    if any("_hf_hook" in sub.__dict__ for sub in submodules(module)):
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(module, recurse=True)
@@ -105,7 +105,7 @@ def remove_accelerate_hooks(module: torch.nn.Module) -> None:
 
 def group_offload(module: torch.nn.Module) -> Any:
     """The configuration of its group offload, None when there is none."""
-    hooks = (hooks_of(sub).get(_GROUP) for sub in module.modules())
+    hooks = (hooks_of(sub).get(_GROUP) for sub in submodules(module))
     return next((hook.config for hook in hooks if hook is not None), None)
 
 
@@ -114,7 +114,8 @@ def devices_of(module: torch.nn.Module) -> set[torch.device]:
     config = group_offload(module)
     if config is not None:
         return {_with_index(torch.device(config.onload_device))}
-    return {tensor.device for tensor in module.parameters()}
+    weights = (sub._parameters.values() for sub in submodules(module))
+    return {tensor.device for tensors in weights for tensor in tensors if tensor is not None}
 
 
 def follow(module: torch.nn.Module, device: torch.device) -> None:
@@ -135,12 +136,12 @@ def follow(module: torch.nn.Module, device: torch.device) -> None:
 def restless(module: torch.nn.Module) -> set[int]:
     """The ids of the submodules whose weights are cast or moved for each forward, and back: to other memory."""
     ids: set[int] = set()
-    for sub in module.modules():
+    for sub in submodules(module):
         hooks = hooks_of(sub)
         if _GROUP in hooks:
-            return {id(each) for each in module.modules()}
+            return {id(each) for each in submodules(module)}
         if _CASTING in hooks:
-            ids.update(map(id, sub.modules()))
+            ids.update(map(id, submodules(sub)))
     return ids
 
 

@@ -212,11 +212,18 @@ def _existing(devices: list[str]) -> list[str]:
     import torch
 
     gpus = torch.cuda.device_count()
-    devices = ["cuda:0" if device == "cuda" else device for device in devices]
+    devices = device_names(devices)
     for device in devices:
         if device != "cpu" and int(device.removeprefix("cuda:")) >= gpus:
             visible = f"cuda:0 to cuda:{gpus - 1} are" if gpus > 1 else "cuda:0 is" if gpus else "no GPU is"
             raise ConfigurationError(f"there is no {device}: {visible} visible; change --devices.")
+    return devices
+
+
+def device_names(devices: list[str]) -> list[str]:
+    """The devices asked for, when they can go together. Whether they exist, only PyTorch knows."""
+    devices = ["cuda:0" if device == "cuda" else device for device in devices]
+    for device in devices:
         if device != "cpu" and devices.count(device) > 1:
             raise ConfigurationError(f"--devices names {device} twice: each branch needs a GPU of its own.")
     if "cpu" in devices and set(devices) != {"cpu"}:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from cfg_parallel import caches
-from cfg_parallel.caches import hooks_of
 from cfg_parallel.codec import TensorSpec, decode, encode_structure, is_special, take_apart, tensors_in, version
 from cfg_parallel.compiling import find_compiled, unwrap
 from cfg_parallel.errors import CfgParallelError, ConfigurationError
 from cfg_parallel.link import Link
+from cfg_parallel.modules import hooks_of, submodules
 from cfg_parallel.numerics import load_attention_kernels
 from cfg_parallel.offload import FIRST_FORWARD_HOOKS, follow, group_offload, restless
 from cfg_parallel.preparation import Prepare, apply_to_replica, encode
@@ -135,7 +135,7 @@ def receive_replica(
 def clear_method_caches(module: torch.nn.Module) -> None:
     """A `functools.lru_cache` around a method keeps its objects for ever: diffusers has some around rotary tables, and
     some of them in the closure of another decorator."""
-    for cls in {type(sub) for sub in module.modules()}:
+    for cls in {type(sub) for sub in submodules(module)}:
         for name in dir(cls):
             method = inspect.getattr_static(cls, name, None)
             cells = getattr(method, "__closure__", None) or ()
@@ -171,22 +171,29 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
     moving = restless(module)
     parts: list[Any] = []
     add = parts.append
-    for path, sub in module.named_modules():
-        add(path)
+    for sub in submodules(module):
+        attributes = sub.__dict__
         add(type(sub))
-        for name, hook in hooks_of(sub).items():
-            if name not in FIRST_FORWARD_HOOKS:
-                parts += (name, *_hook(hook))
+        if sub._modules:
+            parts += sub._modules
+            parts += map(id, sub._modules.values())
+        if "_diffusers_hook" in attributes:
+            for name, hook in hooks_of(sub).items():
+                if name not in FIRST_FORWARD_HOOKS:
+                    parts += (name, *_hook(hook))
         moves = id(sub) in moving
         describe, without = (_moving_tensor, _NOT_HOOKED) if moves else (_tensor, _NOT_SETTINGS)
         for tensors in (sub._parameters, sub._buffers):
             for key, tensor in tensors.items():
                 if tensor is not None:
                     parts += (key, *describe(tensor))
-        for key, value in sub.__dict__.items():
-            if type(value) in _SCALARS:
+        for key, value in attributes.items():
+            if key in without:
+                continue
+            kind = type(value)
+            if kind in _SCALARS:
                 parts += (key, value)
-            elif key not in without and (type(value) not in _CONTAINERS or value):  # most are empty hook dicts
+            elif kind not in _CONTAINERS or value:  # most are empty hook dicts
                 parts += (key, _setting(value))
     return tuple(parts)
 
@@ -210,7 +217,7 @@ def traces(module: torch.nn.Module) -> dict[Any, int | float]:
         elif depth and not isinstance(value, _NO_STORES):
             look(getattr(value, "__dict__", None), (place, id(value)), depth - 1)
 
-    for sub in module.modules():
+    for sub in submodules(module):
         for key, value in sub.__dict__.items():
             plain = type(value) not in _SCALARS and type(value) not in _CONTAINERS and not torch.is_tensor(value)
             if plain and key not in _NOT_SETTINGS:
@@ -224,8 +231,14 @@ def left_something(before: dict[Any, int | float], after: dict[Any, int | float]
     return any(before[place] != after[place] for place in before.keys() & after.keys())
 
 
-# `_diffusers_hook` holds per-generation state, and what `_hook` reads.
-_NOT_SETTINGS = frozenset(["_parameters", "_buffers", "_modules", "_diffusers_hook"])
+_NOT_SETTINGS = frozenset(
+    [
+        *("_parameters", "_buffers", "_modules"),
+        "_diffusers_hook",  # holds per-generation state, and what `_hook` reads
+        *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),  # not of a forward
+        *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    ]
+)
 _NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
 
 
@@ -242,7 +255,7 @@ class Watch:
         self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
         self._settings = [
             (sub.__dict__, key)
-            for sub in module.modules()
+            for sub in submodules(module)
             for key, value in sub.__dict__.items()
             if key not in _NOT_HOOKED and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
         ]
@@ -269,7 +282,7 @@ class Hooks:
 
     def __init__(self, module: torch.nn.Module) -> None:
         moving = restless(module)  # group offload takes some hooks off in its first forward
-        self._modules = [(sub.__dict__, None if id(sub) in moving else type(sub)) for sub in module.modules()]
+        self._modules = [(sub.__dict__, None if id(sub) in moving else type(sub)) for sub in submodules(module)]
         self._replaceable = [each for each in self._modules if _can_be_replaced(each[0])]
         self._dicts = [attributes for attributes, _ in self._modules]
         self._dicts += [attributes[key] for attributes, _ in self._modules for key in _HOOKS]

@@ -168,6 +168,7 @@ def load(settings: Settings, replica: int) -> Omni:
     from transformers.utils import logging as transformers_logging
 
     from cfg_parallel.omni import DiffusionParallelConfig, Omni
+    from cfg_parallel.preflight import choose_devices
 
     if not sys.stderr.isatty():  # where each line of the log is to be one of JSON
         for library in (diffusers_logging, transformers_logging):
@@ -175,11 +176,12 @@ def load(settings: Settings, replica: int) -> Omni:
     if not settings.log_prompts:  # of a prompt that is too long they show the rest
         for library in (diffusers_logging, transformers_logging):
             library.set_verbosity_error()
-    devices = settings.devices_of(replica)
+    devices = list(settings.devices_of(replica))
+    choose_devices(len(devices), devices, dict(settings.enable).get("transport", "auto"))  # refuses what is not there
     engine = Omni(
         _made_by(settings.model, devices[0]) if is_factory(settings.model) else settings.model,
         parallel_config=DiffusionParallelConfig(cfg_parallel_size=len(devices)),
-        devices=list(devices),
+        devices=devices,
         dtype=settings.dtype,
         **dict(settings.enable),
     )
