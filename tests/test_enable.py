@@ -22,6 +22,7 @@ from cfg_parallel.remote import RemoteFollower
 from tiny import TINY, generate
 
 QWEN = TINY["qwen_image"]
+START = RemoteFollower.__dict__["start"]
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 
 
@@ -37,10 +38,17 @@ def pipe() -> Iterator[Any]:
     disable_cfg_parallel(pipe)
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, forked: None) -> None:
+    """Followers as users have them."""
+    monkeypatch.setattr(RemoteFollower, "start", START)
+
+
 def followers(handle: cfg_parallel.CfgParallel) -> list[psutil.Process]:
     return [psutil.Process(r.process.pid) for r in handle._leader.remotes if r.process is not None]
 
 
+@pytest.mark.usefixtures("started")
 def test_disable_leaves_nothing_behind(pipe: Any, plain: Any) -> None:
     generate(pipe, QWEN.inputs())  # sets attributes of its own
     before = (type(pipe), pipe.transformer, type(pipe.transformer), set(pipe.__dict__), set(pipe.transformer.__dict__))
@@ -116,6 +124,7 @@ def test_changed_weights_reach_the_follower(pipe: Any, plain: Any) -> None:
         assert torch.equal(generate(pipe, QWEN.inputs()), first)
 
 
+@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_killed_follower(pipe: Any, plain: Any, when: str) -> None:
     expected = generate(plain, QWEN.inputs())
@@ -266,6 +275,7 @@ def test_offloaded_denoiser(pipe: Any) -> None:
         enable_cfg_parallel(pipe)
 
 
+@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("seconds", [0.0, 1.0], ids=["ended before the first message", "ended after it"])
 def test_a_follower_that_cannot_start(
     pipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float
@@ -405,6 +415,7 @@ def test_report_inside_a_generation(pipe: Any) -> None:
         assert handle.report.steps == 3
 
 
+@pytest.mark.usefixtures("started")
 def test_replacement_that_does_not_come_up(pipe: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a new follower starts: the next one is tried at once."""
     with enable_cfg_parallel(pipe) as handle:

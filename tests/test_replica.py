@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, apply_layerwise_casting
 from diffusers.models import attention_dispatch
 from diffusers.utils.torch_utils import lru_cache_unless_export
 
@@ -23,7 +23,7 @@ import cfg_parallel
 from cfg_parallel import numerics, replica
 from cfg_parallel.errors import ConfigurationError, FollowerLostError
 from cfg_parallel.link import Link
-from cfg_parallel.replica import Hooks, clear_method_caches, fingerprint, receive_replica, send_replica
+from cfg_parallel.replica import Hooks, Watch, clear_method_caches, fingerprint, receive_replica, send_replica
 from reference import reference
 from test_codec import Denoiser
 from tiny import TINY, generate
@@ -232,6 +232,37 @@ def in_place(module: Lora) -> None:
     module.base.weight.mul_(2)
 
 
+class Parts(torch.Tensor):
+    """Made of several tensors, as quantized weights are."""
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor) -> Parts:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data_part = data
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_part"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*(arg.data_part if isinstance(arg, Parts) else arg for arg in args), **(kwargs or {}))
+
+
+def quantized(module: Lora) -> None:
+    module.base._parameters["weight"] = Parts(module.base.weight.detach())  # type: ignore[assignment]
+
+
+def cast_for_each_forward(module: Lora) -> None:
+    apply_layerwise_casting(module, storage_dtype=torch.float64, compute_dtype=torch.float32)
+
+
+def of_inference(module: Lora) -> None:
+    with torch.inference_mode():
+        module.register_buffer("cache", torch.ones(2))
+
+
 CHANGES: dict[str, Callable[[Lora], Any]] = {
     "in place": in_place,
     "load_state_dict": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
@@ -270,6 +301,38 @@ CHANGES: dict[str, Callable[[Lora], Any]] = {
 def test_fingerprint_changes(name: str) -> None:
     module = Lora()
     assert changed_by(module, lambda: CHANGES[name](module))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_watch_sees_what_a_fingerprint_sees(name: str) -> None:
+    module = Lora()
+    watch = Watch(module)
+    module(torch.ones(4))
+    module.state_dict()
+    assert watch.same() and not watch.changed()
+    CHANGES[name](module)
+    assert not watch.same()
+
+
+@pytest.mark.parametrize("spoil", [quantized, cast_for_each_forward, of_inference])
+def test_a_watch_that_cannot_tell(spoil: Callable[[Lora], Any]) -> None:
+    module = Lora()
+    spoil(module)
+    watch = Watch(module)
+    assert not watch.can_tell and not watch.same() and not watch.changed()
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("name", TINY)
+def test_no_fingerprint_where_nothing_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformer has thousands of modules, and some models make twenty pictures a second."""
+    tiny = TINY[name]
+    pipe = tiny.build()
+    with cfg_parallel.enable_cfg_parallel(pipe):
+        for _ in range(2):
+            generate(pipe, tiny.inputs())
+        monkeypatch.setattr("cfg_parallel.enable.fingerprint", lambda module: pytest.fail("it was asked for"))
+        generate(pipe, tiny.inputs())
 
 
 def test_fingerprint_sees_a_tensor_in_the_place_of_a_freed_one() -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import struct
-import sys
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager

@@ -15,6 +15,7 @@ import torch
 
 from cfg_parallel.codec import is_special
 from cfg_parallel.errors import ConfigurationError
+from cfg_parallel.modules import submodules
 
 CompileMode = bool | Literal["regional", "full"]
 
@@ -130,7 +131,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    return module is not unwrap(module) or any(_implementation(sub) is not None for sub in module.modules())
+    return module is not unwrap(module) or any(_implementation(sub) is not None for sub in submodules(module))
 
 
 def find_compiled(module: torch.nn.Module) -> list[Compiled]:

@@ -361,7 +361,7 @@ class Leading(CfgParallel):
             for denoiser in self._denoisers.values():  # a generation that failed has left something in its caches
                 reset(denoiser.module)
                 self._leader.reset(denoiser)
-                if self._leader.is_hooked(denoiser):  # by group offload, which the fingerprint leaves out
+                if self._leader.is_hooked(denoiser):  # by group offload, which is no other fingerprint
                     self._leader.know_hooks(denoiser)
             with pictures_seen_once(list(self._pipe().__dict__.values())):
                 output = call(*args, **kwargs)
@@ -482,6 +482,9 @@ class Leading(CfgParallel):
         self._view_scheduler(pipe)
         for name, denoiser in self._denoisers.items():
             current = getattr(pipe, name)
+            is_view = getattr(type(current), "_cfg_parallel_denoiser", None) is denoiser
+            if is_view and self._watches[name].same():
+                continue
             if is_offloaded(pipe):
                 keep_on(name, current, self.devices[0])
             if self.devices[0] not in devices_of(current):
@@ -490,7 +493,7 @@ class Leading(CfgParallel):
                     f"The pipeline has moved from {self.devices[0]} to {device} since it was enabled; call "
                     "disable_cfg_parallel(pipe) and enable_cfg_parallel(pipe) again, or move it back."
                 )
-            if getattr(type(current), "_cfg_parallel_denoiser", None) is not denoiser:
+            if not is_view:
                 seen = getattr(type(unwrap(current)), "_cfg_parallel_denoiser", None)
                 # torch.compile(pipe.transformer) has compiled the view, so that a forward would come back to it.
                 denoiser.module = current if seen is None else compile_as(current, seen.module)
@@ -499,6 +502,8 @@ class Leading(CfgParallel):
                 self._ship(denoiser, self._leader.remotes)
             elif fingerprint(denoiser.module) != self._shipped[name]:
                 self._ship(denoiser, self._leader.remotes)
+            elif self._watches[name].can_tell:  # an equal object took the place of another
+                self._watches[name] = Watch(denoiser.module)
 
     def _ship_what_a_callback_changed(self) -> None:
         for name, watch in self._watches.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import itertools
+import operator
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -231,14 +233,8 @@ def left_something(before: dict[Any, int | float], after: dict[Any, int | float]
     return any(before[place] != after[place] for place in before.keys() & after.keys())
 
 
-_NOT_SETTINGS = frozenset(
-    [
-        *("_parameters", "_buffers", "_modules"),
-        "_diffusers_hook",  # holds per-generation state, and what `_hook` reads
-        *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),  # not of a forward
-        *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-    ]
-)
+# What PyTorch keeps in a module for itself. `_diffusers_hook` holds per-generation state, and what `_hook` reads.
+_NOT_SETTINGS = frozenset(vars(torch.nn.Module())) - {"training", *_HOOKS} | {"_diffusers_hook"}
 _NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
 
 
@@ -247,27 +243,65 @@ _CONTAINERS = frozenset([dict, OrderedDict, list, tuple, set])
 
 
 class Watch:
-    """Notices what a callback can do to a denoiser between two steps, in a small part of a fingerprint's time: weights
-    written in place, settings of a LoRA or an attention processor, processors replaced. Not new submodules or hooks."""
+    """Notices changes of a denoiser in a small part of a fingerprint's time."""
 
     def __init__(self, module: torch.nn.Module) -> None:
+        found = submodules(module)
         tensors = [*module.parameters(), *module.buffers()]
         self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
         self._settings = [
             (sub.__dict__, key)
-            for sub in submodules(module)
+            for sub in found
             for key, value in sub.__dict__.items()
             if key not in _NOT_HOOKED and type(value) not in _SCALARS and (type(value) not in _CONTAINERS or value)
         ]
         self._settings.append((module.__dict__, "_cache_config"))  # there only while a cache is enabled
         self._seen = self._look()
+        # Not where weights are moved or cast for each forward, are made of several tensors, or have no version.
+        self.can_tell = not (restless(module) or any(map(is_special, tensors)) or len(self._tensors) < len(tensors))
+        self._keys = [(sub.__dict__, tuple(key for key in sub.__dict__ if key not in _NOT_SETTINGS)) for sub in found]
+        held = [each for sub in found for each in (sub._parameters, sub._buffers, sub._modules, hooks_of(sub))]
+        self._dicts = [each for each in held if each]
+        values = [attributes[key] for attributes, keys in self._keys for key in keys]
+        self._sized = [
+            *held,
+            *(attributes for attributes, _ in self._keys),
+            *(value for value in values if type(value) in _CONTAINERS),
+        ]
+        self._hooks = [hook for sub in found for hook in hooks_of(sub).values()]
+        self._lengths, self._objects, self._rest = self._measure(), list(self._held()), self._look_closely()
 
     def changed(self) -> bool:
+        """Whether there was what a callback can do between two steps: weights written in place, settings of a LoRA or
+        an attention processor, processors replaced. Not new submodules or hooks."""
         return self._look() != self._seen
+
+    def same(self) -> bool:
+        """Whether nothing was done at all since: then a fingerprint is the same, and so are devices and hooks. Where
+        an object was replaced by an equal one, the fingerprint has to tell."""
+        return (
+            self.can_tell
+            and self._measure() == self._lengths
+            and all(map(operator.is_, self._held(), self._objects))
+            and self._look_closely() == self._rest
+            and not self.changed()
+        )
 
     def _look(self) -> tuple[list[int], list[Any]]:
         versions = [tensor._version for tensor in self._tensors]
         return versions, [_setting(holder.get(key)) for holder, key in self._settings]
+
+    def _held(self) -> Iterator[Any]:
+        yield from itertools.chain.from_iterable(map(dict.keys, self._dicts))
+        yield from itertools.chain.from_iterable(map(dict.values, self._dicts))
+        for attributes, keys in self._keys:
+            yield from map(attributes.get, keys)
+
+    def _measure(self) -> list[int]:
+        return list(map(len, self._sized))
+
+    def _look_closely(self) -> tuple[list[int], list[Any]]:
+        return list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_hook, self._hooks))
 
 
 def _hook(hook: Any) -> tuple[Any, ...]:
