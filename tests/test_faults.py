@@ -33,7 +33,10 @@ QWEN = TINY["qwen_image"]
 CPUS = {"devices": ["cpu", "cpu"]}
 
 
-@pytest.mark.parametrize("name", LAYER)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("qwen_image", "sd15") else pytest.param(name, marks=pytest.mark.thorough) for name in LAYER],
+)
 def test_every_kind_of_fault(name: str, tmp_path: Path) -> None:
     """Each once; those of a pipeline share its followers, as they do in a service."""
     mine = [kind for i, kind in enumerate(KINDS) if i % len(LAYER) == list(LAYER).index(name)]
