@@ -24,8 +24,8 @@ import cfg_parallel
 import tiny_models
 from cfg_parallel.caches import Cache
 from cfg_parallel.calls import Call, Denoiser
+from cfg_parallel.changes import fingerprint
 from cfg_parallel.remote import RemoteCall, RemoteCallError
-from cfg_parallel.replica import fingerprint
 from forked import forked_followers
 from tiny import TINY, generate, randomize
 

@@ -11,10 +11,10 @@ import torch
 
 import cfg_parallel
 from cfg_parallel import ConfigurationError, enable_cfg_parallel
+from cfg_parallel.changes import fingerprint
 from cfg_parallel.discovery import device_of
 from cfg_parallel.graphs import Graphs
 from cfg_parallel.offload import Placeholder, group_offload
-from cfg_parallel.replica import fingerprint
 from reference import reference
 from scripts import PREAMBLE, torchrun
 from test_graphs import rerun, run

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cfg_parallel
+from cfg_parallel.changes import fingerprint
 from cfg_parallel.codec import decode, encode_structure
-from cfg_parallel.replica import fingerprint
 from reference import reference
 from tiny import TINY, generate
 

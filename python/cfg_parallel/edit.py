@@ -19,6 +19,7 @@ from cfg_parallel.preflight import (
     fetch_model_index,
     find_pipeline_class,
     first_line,
+    model_modules,
     read_model_index,
 )
 from cfg_parallel.stopwatch import stopwatch
@@ -58,8 +59,15 @@ def run_edit(args: argparse.Namespace, *, quiet_load: bool = False) -> int:
     call = call_arguments(find_pipeline_class(args.model, index), args, images)
     if devices[0] == "cpu":
         share_cpu_threads(devices)
-    pipe = load_pipeline(args.model, args.dtype, devices[0], quiet=quiet_load)
+    from cfg_parallel.early import followers_coming
 
+    # Later where devices are compared: it would slow the first one down.
+    with followers_coming(devices[:1] if args.compare else devices, model_modules(index)):
+        pipe = load_pipeline(args.model, args.dtype, devices[0], quiet=quiet_load)
+        return _edit(pipe, call, args, devices)
+
+
+def _edit(pipe: Any, call: dict[str, Any], args: argparse.Namespace, devices: list[str]) -> int:
     if len(devices) == 1 and args.compile == "off":
         run = _generate(pipe, call, args, devices[0])
         _save(run, args.output)

@@ -21,10 +21,12 @@ from cfg_parallel import spmd
 from cfg_parallel.beginning import Beginning
 from cfg_parallel.caches import Cache, reset
 from cfg_parallel.calls import Denoiser
+from cfg_parallel.changes import Watch, fingerprint
 from cfg_parallel.codec import map_tensors, tensors_in
 from cfg_parallel.coefficients import Coefficients
 from cfg_parallel.compiling import CompileClock, CompileMode, compile_as, is_compiled, unwrap
 from cfg_parallel.discovery import check_numbers, check_pipeline, choose_devices, device_of, find_denoisers
+from cfg_parallel.early import take_or_start
 from cfg_parallel.errors import CfgParallelError, ConfigurationError, FollowerLostError
 from cfg_parallel.graphs import GraphMode
 from cfg_parallel.leader import INCOMPLETE, Generation, Leader, OnLoss
@@ -32,8 +34,7 @@ from cfg_parallel.offload import devices_of, is_offloaded, keep_on, offload_all
 from cfg_parallel.patch import CfgParallel, Follower, denoiser_view, original_scheduler, scheduler_view
 from cfg_parallel.pending import PendingPrediction, settle, settle_all
 from cfg_parallel.preparation import Preparation, Prepare
-from cfg_parallel.remote import START_TIMEOUT, PeerUnavailableError, RemoteFollower
-from cfg_parallel.replica import Watch, fingerprint
+from cfg_parallel.remote import FOLLOWER_TIMEOUT, START_TIMEOUT, PeerUnavailableError, RemoteFollower
 from cfg_parallel.report import Report, median, of_each_step, with_fix
 from cfg_parallel.successors import Successors
 from cfg_parallel.timing import elapsed_ms
@@ -63,7 +64,7 @@ def enable_cfg_parallel(
     compile_options: Mapping[str, Any] | None = None,
     prepare: Prepare | None = None,
     on_follower_loss: OnLoss = "recompute",
-    follower_timeout: float = 600.0,
+    follower_timeout: float = FOLLOWER_TIMEOUT,
 ) -> CfgParallel:
     """Run the guidance passes of `pipe` on `cfg_parallel_size` devices. `pipe(...)` then gives the same result, sooner.
 
@@ -140,7 +141,7 @@ def enable_cfg_parallel(
             remotes = connected
         else:
             for device in chosen[1:]:
-                remotes.append(RemoteFollower.start(leader_device, device, follower_timeout))
+                remotes.append(take_or_start(leader_device, device, follower_timeout))
         handle = Leading(
             pipe,
             modules,

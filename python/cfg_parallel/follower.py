@@ -65,12 +65,15 @@ class Follower:
                 self._link.send({"kind": "error", "message": message})
 
     def greet(self) -> None:
-        """Answer the leader's first message: who is here."""
-        hello = self._link.read()
-        sys.path[:] = hello["path"]  # so that classes of the user's own modules can be unpickled
-        for module in hello["modules"]:
-            with contextlib.suppress(ImportError):  # `__main__` in a notebook, say; its classes travel by value
-                importlib.import_module(module)
+        """Answer the leader's invitation: who is here."""
+        kind = ""
+        while kind != "hello":
+            header = self._link.read()
+            kind = header["kind"]
+            sys.path[:] = header["path"]  # so that classes of the user's own modules can be unpickled
+            for module in header["modules"]:
+                with contextlib.suppress(ImportError):  # `__main__` in a notebook, say; its classes travel by value
+                    importlib.import_module(module)
         device = self._link.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._link.send({"kind": "hello", "torch": torch.__version__, "gpu": gpu})

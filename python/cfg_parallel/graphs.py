@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from cfg_parallel.caches import Cache
 from cfg_parallel.calls import call_with_copies
+from cfg_parallel.changes import fingerprint, left_something, traces
 from cfg_parallel.codec import TensorSpec, decode, encode_plain, is_dense, version
 from cfg_parallel.compiling import has_graphs, is_compiled, uncompiled
 from cfg_parallel.numerics import same_bits
 from cfg_parallel.offload import restless
-from cfg_parallel.replica import fingerprint, is_parallel, left_something, traces
+from cfg_parallel.replica import is_parallel
 from cfg_parallel.timing import Mark, mark
 
 GraphMode = Literal["auto", True, False]

@@ -21,6 +21,7 @@ import torch
 from cfg_parallel import numerics
 from cfg_parallel.caches import BATCH
 from cfg_parallel.calls import Branch, Call, Denoiser, Split, deal
+from cfg_parallel.changes import Hooks, left_something, traces
 from cfg_parallel.codec import TensorSpec, UnshippableError, decode, encode_plain, is_dense, map_tensors, tensors_in
 from cfg_parallel.compiling import is_compiled
 from cfg_parallel.errors import FollowerLostError
@@ -41,7 +42,6 @@ from cfg_parallel.pending import (
 )
 from cfg_parallel.recording import ancestors
 from cfg_parallel.remote import RemoteCall, RemoteCallError, RemoteFollower, Sent
-from cfg_parallel.replica import Hooks, left_something, traces
 from cfg_parallel.timesteps import HostKnown, plain
 from cfg_parallel.timing import Mark, mark
 from cfg_parallel.transports.peer import Arrival

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfg_parallel.errors import ConfigurationError
 from cfg_parallel.loading import load_pipeline, share_cpu_threads
-from cfg_parallel.preflight import fetch_model_index, find_pipeline_class, read_model_index
+from cfg_parallel.preflight import fetch_model_index, find_pipeline_class, model_modules, read_model_index
 from cfg_parallel.stopwatch import stopwatch
 
 if TYPE_CHECKING:
@@ -139,10 +139,13 @@ class Omni:
     ) -> None:
         from cfg_parallel import spmd
         from cfg_parallel.discovery import check_numbers
+        from cfg_parallel.early import followers_coming
         from cfg_parallel.enable import enable_cfg_parallel
+        from cfg_parallel.remote import FOLLOWER_TIMEOUT
 
         config = parallel_config or DiffusionParallelConfig()
-        check_numbers(config.cfg_parallel_size, devices, enable.get("follower_timeout", 1.0))
+        timeout = enable.get("follower_timeout", FOLLOWER_TIMEOUT)
+        check_numbers(config.cfg_parallel_size, devices, timeout)
         self._lock = threading.Lock()
         self._ids = itertools.count()
         if isinstance(model, str):
@@ -165,17 +168,19 @@ class Omni:
             share_cpu_threads(chosen)
         self._device = chosen[0]
         self.pipe: Any = model
-        if isinstance(model, str):
-            self.pipe = load_pipeline(model, dtype, self._device)
-        self.pipe.to(self._device)
-        if config.inside_a_forward > 1:
-            _share_forwards(self.pipe, config)
-        self._handle: CfgParallel | None = enable_cfg_parallel(
-            self.pipe,
-            cfg_parallel_size=config.cfg_parallel_size,
-            devices=chosen if spmd.rank() is None else None,
-            **enable,
-        )
+        modules = model_modules(index) if isinstance(model, str) else []
+        with followers_coming(chosen, modules, timeout):
+            if isinstance(model, str):
+                self.pipe = load_pipeline(model, dtype, self._device)
+            self.pipe.to(self._device)
+            if config.inside_a_forward > 1:
+                _share_forwards(self.pipe, config)
+            self._handle: CfgParallel | None = enable_cfg_parallel(
+                self.pipe,
+                cfg_parallel_size=config.cfg_parallel_size,
+                devices=chosen if spmd.rank() is None else None,
+                **enable,
+            )
 
     def generate(
         self,

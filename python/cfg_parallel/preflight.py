@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,7 @@ def find_pipeline_class(model: str, index: dict[str, Any]) -> type:
             f"{model} needs the pipeline class {name}, which diffusers {diffusers.__version__} does not have: "
             "`pip install -U diffusers`, or check the _class_name in its model_index.json."
         )
-    for component, entry in index.items():
-        if component.startswith("_") or not isinstance(entry, (list, tuple)) or len(entry) != 2 or entry[1] is None:
-            continue
-        library, class_name = entry
+    for component, library, class_name in _components(index):
         try:
             found = simple_get_class_obj(library, class_name)
         except (AttributeError, ImportError, TypeError, ValueError) as error:
@@ -115,6 +113,21 @@ def find_pipeline_class(model: str, index: dict[str, Any]) -> type:
                 f"`pip install torchvision torch=={torch_version}`."
             )
     return pipeline_class
+
+
+def _components(index: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, library and class of each."""
+    for component, entry in index.items():
+        if not component.startswith("_") and isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1]:
+            yield component, *entry
+
+
+def model_modules(index: dict[str, Any]) -> list[str]:
+    """What a follower imports for its denoiser, and with it for the other models that are diffusers' own."""
+    import diffusers
+
+    classes = [getattr(diffusers, name) for _, library, name in _components(index) if library == "diffusers"]
+    return [each.__module__ for each in classes if hasattr(each, "forward")]
 
 
 def call_arguments(pipeline_class: type, args: argparse.Namespace, images: list[Image.Image]) -> dict[str, Any]:

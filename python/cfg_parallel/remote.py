@@ -96,6 +96,9 @@ class Sent:
         return 1e3 * sum(end - start for start, end in self.waits)
 
 
+FOLLOWER_TIMEOUT = 600.0  # seconds without an answer, unless another number is asked for
+
+
 class RemoteFollower:
     def __init__(self, conn: Connection, leader_device: torch.device, device: torch.device, timeout: float) -> None:
         self.device = device
@@ -140,8 +143,12 @@ class RemoteFollower:
         theirs.close()
         return self
 
+    def prepare(self, modules: Sequence[str]) -> None:
+        """Have it import these modules, long before `invite`."""
+        self._send({"kind": "import", "path": sys.path, "modules": list(modules)})
+
     def invite(self, modules: Sequence[str]) -> None:
-        """The first message. Apart from `greet`, so that several followers import these modules side by side."""
+        """Apart from `greet`, so that several followers import these modules side by side."""
         self._send({"kind": "hello", "path": sys.path, "modules": list(modules)})
 
     def is_up(self, patience: float) -> bool:
