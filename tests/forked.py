@@ -57,8 +57,8 @@ class Process:
 def _serve(connection: Connection, device: torch.device) -> None:
     follower = Follower(Link(connection, device))
     try:
-        follower.greet()
-        follower.serve()
+        if follower.greet():
+            follower.serve()
     except FollowerLostError:
         os._exit(1)  # the leader is gone
     except BaseException:
@@ -112,17 +112,18 @@ def forked_ranks(script: Path, processes: int, timeout: float = 150) -> tuple[in
         ranks = [
             fork.Process(target=_run_rank, args=(script, rank, processes, port, output)) for rank in range(processes)
         ]
-        for rank in ranks:
-            rank.start()
         end = time.monotonic() + timeout
-        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-            if time.monotonic() > end:
-                break
-            time.sleep(0.05)
-        late = not any(rank.exitcode for rank in ranks) and any(rank.is_alive() for rank in ranks)
-        codes = [rank.exitcode for rank in ranks if rank.exitcode]
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+        try:
+            for rank in ranks:
+                rank.start()
+            while not any(rank.exitcode for rank in ranks) and any(rank.is_alive() for rank in ranks):
+                assert time.monotonic() < end, f"the ranks were not done after {timeout} s"
+                time.sleep(0.05)
+            status = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+        finally:
+            for rank in ranks:
+                if rank.pid is not None:
+                    rank.kill()
+                    rank.join()
         output.seek(0)
-        return (codes[0] if codes else -1 if late else 0), output.read()
+        return status, output.read()

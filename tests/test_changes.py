@@ -34,6 +34,7 @@ class Lora(torch.nn.Module):
         self.active = ["default"]
         self.merged: list[str] = []
         self.disabled = False
+        self.nothing = None
         self.table = torch.ones(4)
         self.options = {"nested": {"values": [1, (2, 3)]}}
         self.first = torch.nn.SiLU()
@@ -99,6 +100,10 @@ CHANGES: dict[str, Callable[[Lora], Any]] = {
     "replaced by another class": lambda m: setattr(m, "base", torch.nn.Identity()),
     "replaced without weights": lambda m: setattr(m, "first", torch.nn.SiLU()),
     "in another place": lambda m: m._modules.update(first=None, second=m.first),
+    "of another class": lambda m: setattr(m.base, "__class__", type("Other", (torch.nn.Linear,), {})),
+    "new dict": lambda m: setattr(m.base, "_parameters", dict.fromkeys(m.base._parameters)),
+    "view of another dtype": lambda m: setattr(m.base.weight, "data", m.base.weight.data.view(torch.float64)),
+    "one attribute for another": lambda m: (delattr(m, "nothing"), setattr(m, "something", None)),
     "scaling": lambda m: m.scaling.update(default=0.5),
     "adapter": lambda m: m.active.append("second"),
     "merged": lambda m: m.merged.append("default"),

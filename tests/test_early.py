@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import pydoc
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -33,8 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, forked: None) -> Iterator[list[RemoteFollower]]:
+def started(forked: None) -> Iterator[list[RemoteFollower]]:
     """Every follower of this test; none of them outlives it."""
+    yield from noted_starts()
+
+
+def noted_starts() -> Iterator[list[RemoteFollower]]:
     start = RemoteFollower.start
     all_of_them: list[RemoteFollower] = []
 
@@ -42,8 +47,8 @@ def started(monkeypatch: pytest.MonkeyPatch, forked: None) -> Iterator[list[Remo
         all_of_them.append(start(*args))
         return all_of_them[-1]
 
-    monkeypatch.setattr(RemoteFollower, "start", staticmethod(noted))
-    yield all_of_them
+    with mock.patch.object(RemoteFollower, "start", staticmethod(noted)):
+        yield all_of_them
     for follower in all_of_them:
         process = follower.process
         assert process is not None
@@ -112,9 +117,26 @@ def test_modules_of_a_model(folder: str) -> None:
     assert all(name.startswith("diffusers.") for name in found), found
 
 
-def test_the_real_thing(folder: str) -> None:
-    """A process of its own, that waits for a leader who loads."""
+def test_a_scheduler_that_cannot_be_imported_is_no_concern_of_theirs(folder: str) -> None:
+    """diffusers has a class in its place that raises at a touch."""
+    index = read_model_index(folder)
+    assert index is not None
+    assert model_modules(index | {"scheduler": ["diffusers", "CosineDPMSolverMultistepScheduler"]})
+    dummy = "diffusers.utils.dummy_torch_and_torchsde_objects.DPMSolverSDEScheduler"
+    with mock.patch("diffusers.DPMSolverSDEScheduler", pydoc.locate(dummy)):
+        assert model_modules(index | {"scheduler": ["diffusers", "DPMSolverSDEScheduler"]}) == model_modules(index)
+
+
+@pytest.fixture
+def really_started() -> Iterator[list[RemoteFollower]]:
+    yield from noted_starts()
+
+
+def test_the_real_thing(folder: str, really_started: list[RemoteFollower]) -> None:
+    """A process of its own, which waits for a leader that loads."""
     with Omni(folder, **TWO) as engine:
-        engine.pipe.set_progress_bar_config(disable=True)
-        assert engine.handle.followers[0].lost is None
-        assert Path(f"/proc/{engine.handle.followers[0].pid}").exists()
+        (follower,) = really_started
+        assert follower.process is not None
+        assert psutil.Process(follower.process.pid).cmdline()[1:3] == ["-m", "cfg_parallel.follower"]
+        (output,) = engine.generate({"prompt": "a cat", "negative_prompt": "blurry"})
+        assert output.metrics["parallel_steps"] == output.metrics["steps"]

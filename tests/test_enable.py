@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import psutil
@@ -22,7 +23,7 @@ from cfg_parallel.remote import RemoteFollower
 from tiny import TINY, generate
 
 QWEN = TINY["qwen_image"]
-START = RemoteFollower.__dict__["start"]
+START = RemoteFollower.start
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("forked")]
 
 
@@ -39,9 +40,10 @@ def pipe() -> Iterator[Any]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, forked: None) -> None:
+def started(forked: None) -> Iterator[None]:
     """Followers as users have them."""
-    monkeypatch.setattr(RemoteFollower, "start", START)
+    with mock.patch.object(RemoteFollower, "start", staticmethod(START)):
+        yield
 
 
 def followers(handle: cfg_parallel.CfgParallel) -> list[psutil.Process]:
@@ -122,6 +124,22 @@ def test_changed_weights_reach_the_follower(pipe: Any, plain: Any) -> None:
         assert not torch.equal(first, second)
         pipe.transformer = plain.transformer  # another denoiser altogether
         assert torch.equal(generate(pipe, QWEN.inputs()), first)
+
+
+def test_a_denoiser_whose_shipping_failed_is_shipped_again(pipe: Any, plain: Any) -> None:
+    changed = QWEN.build()
+    with torch.no_grad():
+        changed.transformer.img_in.weight.mul_(1.5)
+    expected = generate(changed, QWEN.inputs())
+    with enable_cfg_parallel(pipe) as handle:
+        assert not torch.equal(generate(pipe, QWEN.inputs()), expected)
+        pipe.transformer = changed.transformer
+        failing = mock.patch.object(RemoteFollower, "ship_denoiser", side_effect=ConfigurationError("on purpose"))
+        with failing, pytest.raises(ConfigurationError, match="on purpose"):
+            generate(pipe, QWEN.inputs())
+        for _ in range(2):
+            assert torch.equal(generate(pipe, QWEN.inputs()), expected)
+        assert handle.report.parallel_steps == 3
 
 
 @pytest.mark.usefixtures("started")

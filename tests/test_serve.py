@@ -52,6 +52,7 @@ def test_images_generate(images: Served, folder: Path) -> None:
     extra: Any = answer.model_extra
     assert extra["seed"] == 3 and extra["metrics"]["parallel_steps"] == extra["metrics"]["steps"] == 3
     assert "3 of 3 steps" in extra["metrics"]["why"] and answer.size == "32x32"  # type: ignore[comparison-overlap]
+    assert "libtorch" not in Path(f"/proc/{images.process.pid}/maps").read_text()  # it is for its replicas to load
 
 
 def test_a_stream_has_every_step(images: Served, folder: Path) -> None:

@@ -27,6 +27,8 @@ _SCALARS = frozenset([bool, int, float, str, type(None)])
 _CONTAINERS = frozenset([dict, OrderedDict, list, tuple, set])
 # What PyTorch keeps in a module for itself. `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(vars(torch.nn.Module())) - {"training", *_HOOKS} | {"_diffusers_hook"}
+_IGNORED = _NOT_SETTINGS - {"_parameters", "_buffers", "_modules"}
+_MISSING = object()
 _NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
 
 
@@ -102,7 +104,8 @@ class Watch:
     """Notices changes of a denoiser in a small part of a fingerprint's time."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        found = submodules(module)
+        self.module = module
+        found = self._found = submodules(module)
         tensors = [*module.parameters(), *module.buffers()]
         self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
         self._settings = [
@@ -115,7 +118,7 @@ class Watch:
         self._seen = self._look()
         # Not where weights are moved or cast for each forward, are made of several tensors, or have no version.
         self.can_tell = not (restless(module) or any(map(is_special, tensors)) or len(self._tensors) < len(tensors))
-        self._keys = [(sub.__dict__, tuple(key for key in sub.__dict__ if key not in _NOT_SETTINGS)) for sub in found]
+        self._keys = [(sub.__dict__, tuple(key for key in sub.__dict__ if key not in _IGNORED)) for sub in found]
         held = [each for sub in found for each in (sub._parameters, sub._buffers, sub._modules, hooks_of(sub))]
         self._dicts = [each for each in held if each]
         values = [attributes[key] for attributes, keys in self._keys for key in keys]
@@ -133,8 +136,8 @@ class Watch:
         return self._look() != self._seen
 
     def same(self) -> bool:
-        """Whether nothing was done at all since: then a fingerprint is the same, and so are devices and hooks. Where
-        an object was replaced by an equal one, the fingerprint has to tell."""
+        """Whether nothing was done at all since: then its fingerprint, its device and its hooks are the same. False
+        where an object was replaced by an equal one, too, and where it cannot tell."""
         return (
             self.can_tell
             and self._measure() == self._lengths
@@ -148,16 +151,17 @@ class Watch:
         return versions, [_setting(holder.get(key)) for holder, key in self._settings]
 
     def _held(self) -> Iterator[Any]:
+        yield from map(type, self._found)
         yield from itertools.chain.from_iterable(map(dict.keys, self._dicts))
         yield from itertools.chain.from_iterable(map(dict.values, self._dicts))
         for attributes, keys in self._keys:
-            yield from map(attributes.get, keys)
+            yield from map(attributes.get, keys, itertools.repeat(_MISSING))
 
     def _measure(self) -> list[int]:
         return list(map(len, self._sized))
 
-    def _look_closely(self) -> tuple[list[int], list[Any]]:
-        return list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_hook, self._hooks))
+    def _look_closely(self) -> tuple[list[Any], list[Any]]:
+        return [(tensor.data_ptr(), tensor.dtype) for tensor in self._tensors], list(map(_hook, self._hooks))
 
 
 def _hook(hook: Any) -> tuple[Any, ...]:

@@ -31,8 +31,9 @@ def followers_coming(
         yield
     finally:
         _coming.reset(token)
-        for follower in coming:
-            follower.close()
+        with contextlib.ExitStack() as left:
+            for follower in coming:
+                left.callback(follower.close)
 
 
 def take_or_start(leader: torch.device, device: torch.device, timeout: float) -> RemoteFollower:

@@ -96,7 +96,7 @@ def _edit(pipe: Any, call: dict[str, Any], args: argparse.Namespace, devices: li
             handle.save_trace(args.trace)
             print(f"wrote {args.trace} (open it in https://ui.perfetto.dev)")
     print(report)
-    print(f"followers started once, in {started_s:.1f} s")
+    print(f"replicas made once, in {started_s:.1f} s")
     if one is not None:
         print(one.line("one device", devices[0]))
     print(many.line("cfg-parallel", ",".join(devices)))

@@ -484,7 +484,8 @@ class Leading(CfgParallel):
         for name, denoiser in self._denoisers.items():
             current = getattr(pipe, name)
             is_view = getattr(type(current), "_cfg_parallel_denoiser", None) is denoiser
-            if is_view and self._watches[name].same():
+            watch = self._watches[name]
+            if is_view and watch.module is denoiser.module and watch.same():
                 continue
             if is_offloaded(pipe):
                 keep_on(name, current, self.devices[0])
@@ -503,7 +504,7 @@ class Leading(CfgParallel):
                 self._ship(denoiser, self._leader.remotes)
             elif fingerprint(denoiser.module) != self._shipped[name]:
                 self._ship(denoiser, self._leader.remotes)
-            elif self._watches[name].can_tell:  # an equal object took the place of another
+            elif watch.can_tell:  # an equal object took the place of another
                 self._watches[name] = Watch(denoiser.module)
 
     def _ship_what_a_callback_changed(self) -> None:

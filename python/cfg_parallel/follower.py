@@ -64,12 +64,14 @@ class Follower:
                 message = f"{type(error).__name__}: {error}"
                 self._link.send({"kind": "error", "message": message})
 
-    def greet(self) -> None:
-        """Answer the leader's invitation: who is here."""
+    def greet(self) -> bool:
+        """Answer the leader's invitation: who is here. False if there is none, and it is to end."""
         kind = ""
         while kind != "hello":
             header = self._link.read()
             kind = header["kind"]
+            if kind == "close":
+                return False
             sys.path[:] = header["path"]  # so that classes of the user's own modules can be unpickled
             for module in header["modules"]:
                 with contextlib.suppress(ImportError):  # `__main__` in a notebook, say; its classes travel by value
@@ -77,6 +79,7 @@ class Follower:
         device = self._link.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self._link.send({"kind": "hello", "torch": torch.__version__, "gpu": gpu})
+        return True
 
     def _on_begin(self, header: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         if header["numerics"] is not None:
@@ -196,8 +199,8 @@ def main() -> None:
     link = Link(Connection(options.fd), device)
     follower = Follower(link)
     try:
-        follower.greet()
-        follower.serve()
+        if follower.greet():
+            follower.serve()
     except FollowerLostError:
         os._exit(1)  # the leader is gone
     except BaseException:

@@ -125,9 +125,10 @@ def _components(index: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 def model_modules(index: dict[str, Any]) -> list[str]:
     """What a follower imports for its denoiser, and with it for the other models that are diffusers' own."""
     import diffusers
+    import torch
 
     classes = [getattr(diffusers, name) for _, library, name in _components(index) if library == "diffusers"]
-    return [each.__module__ for each in classes if hasattr(each, "forward")]
+    return [each.__module__ for each in classes if isinstance(each, type) and issubclass(each, torch.nn.Module)]
 
 
 def call_arguments(pipeline_class: type, args: argparse.Namespace, images: list[Image.Image]) -> dict[str, Any]:

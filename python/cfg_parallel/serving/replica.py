@@ -34,7 +34,7 @@ class Replica:
         self.state = "starting"  # then "ready", "lost" (until the next process is up) or "failed"
         self.failure: str | None = None
         self.facts: Facts | None = None
-        self.followers: list[Any] = []
+        self.followers: list[tuple[str, str | None]] = []  # device, and why it is lost, if it is
         self.follower_restarts = 0
         self.job: Job | None = None
         self._settings = settings
@@ -55,7 +55,7 @@ class Replica:
 
     @property
     def health(self) -> dict[str, Any]:
-        lost = [f"{follower.device}: {follower.lost}" for follower in self.followers if follower.lost is not None]
+        lost = [f"{device}: {why}" for device, why in self.followers if why is not None]
         state = "degraded" if self.serves and lost else self.state
         shown: dict[str, Any] = {"state": state, "devices": list(self.devices), "busy": self.job is not None}
         shown |= {"followers_lost": lost, "follower_restarts": self.follower_restarts}
@@ -105,9 +105,9 @@ class Replica:
         elif kind == "followers":
             self.followers, restarts = what
             self.follower_restarts = self._restarts_before + restarts
-            for follower in self.followers:
-                if follower.lost is not None:
-                    tell("follower lost", "warning", replica=self.number, reason=follower.lost)
+            for _, why in self.followers:
+                if why is not None:
+                    tell("follower lost", "warning", replica=self.number, reason=why)
         elif kind == "warning":
             tell("warning", "warning", replica=self.number, text=what[0], **self._request())
         elif self.job is None or self.job.work.id != what[0]:

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -72,13 +73,12 @@ async def _serve(settings: Settings, bound: socket.socket) -> int:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     tell("listening", address=address, model=settings.name, devices=list(settings.devices))
     try:
-        for replica in server.replicas:
-            loading = asyncio.create_task(replica.loaded())
-            await asyncio.wait([loading, task], return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():
-                loading.cancel()
-            elif loading.exception() is not None:
-                raise loading.exception()  # type: ignore[misc]
+        loading: asyncio.Future[Any] = asyncio.gather(*(replica.loaded() for replica in server.replicas))
+        await asyncio.wait([loading, task], return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+        else:
+            loading.result()  # raises what the first that failed has raised
         if not task.done():
             print(f"cfg-parallel: {settings.name} is ready at {address}", flush=True)
         await task

@@ -8,7 +8,7 @@ To the process: ("work", Work), ("cancel", id). From it:
     ("partial", id, index, [Picture])         the picture so far
     ("done", id, [Picture], metrics)
     ("failed", id, reason, message)           reason: "cancelled", "refused" (the request's fault) or "error"
-    ("followers", [Follower], restarts)       when that has changed
+    ("followers", [(device, lost)], restarts) when that has changed; lost: why, or None
     ("warning", text)
 """
 

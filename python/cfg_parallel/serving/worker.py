@@ -84,7 +84,7 @@ class Worker:
         self._pids |= pids
         if followers != self._followers:
             self._followers = followers
-            self.send("followers", followers, self._restarts)
+            self.send("followers", [(follower.device, follower.lost) for follower in followers], self._restarts)
 
     def _run(self, work: Work) -> None:
         begun = False
