@@ -17,7 +17,10 @@ import torch
 
 import cfg_parallel
 from cfg_parallel import demo
+from forked import forked_ranks
+from scripts import PREAMBLE
 from serving import DEVICES, serving
+from test_composition import START
 from test_docs import PAGES
 from tiny import TINY
 
@@ -33,7 +36,7 @@ SMALLER = {
     "torch.compile(fullgraph=True)": 'torch.compile(fullgraph=True, backend="eager")',
     '"seed": 0}': '"seed": 0, "size": "64x64", "num_inference_steps": 2}',
 }
-NOT_RUN = {"parallelism.md": "torchrun with four processes; tests/test_composition.py runs the same"}
+RANKS = "parallelism.md"  # for torchrun
 FOLDERS = ("Qwen/Qwen-Image-Edit",)  # loaded from disk by commands and engines; others by their class
 TINY_OF = {"QwenImagePipeline": "qwen_image", "DiffusionPipeline": "qwen_image"}
 
@@ -98,12 +101,12 @@ def from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page) and page.name != RANKS], ids=lambda page: page.name
+)
 def test_python_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_the_hub: None, request: pytest.FixtureRequest
 ) -> None:
-    if page.name in NOT_RUN:
-        pytest.skip(NOT_RUN[page.name])
     edit = str(demo.ensure_demo_model(tmp_path / "edit"))
     names = given(page.name, tmp_path) | {"__name__": "snippet"}
     monkeypatch.chdir(tmp_path)
@@ -122,6 +125,38 @@ def test_python_runs(
     for value in names.values():
         if isinstance(value, diffusers.DiffusionPipeline):
             cfg_parallel.disable_cfg_parallel(value)
+
+
+ON_CPUS = {
+    'dist.init_process_group("nccl")': "",  # START has done it
+    "pipe.to(f\"cuda:{os.environ['LOCAL_RANK']}\")": "",
+    'init_device_mesh("cuda"': 'init_device_mesh("cpu"',
+    "guidance_scale=5.0)": "guidance_scale=5.0, height=32, width=32, num_frames=5, num_inference_steps=3)",
+}
+CALLS = ["", "pipe(**tiny.inputs())\n"]  # what the page leaves to the reader
+
+
+@pytest.mark.parametrize(("number", "model"), [(0, "wan"), (1, "qwen_image")], ids=["context", "tensor"])
+def test_python_runs_in_four_ranks(number: int, model: str, tmp_path: Path) -> None:
+    (page,) = (page for page in PAGES if page.name == RANKS)
+    code = blocks(page)[number]
+    for text, on_cpus in ON_CPUS.items():
+        assert text in "".join(blocks(page)), f"the page has no {text} any more"
+        code = code.replace(text, on_cpus)
+    script = tmp_path / "script.py"
+    script.write_text(
+        PREAMBLE.replace("qwen_image", model)
+        + START["cpu"]
+        + "import diffusers\ndiffusers.WanPipeline.from_pretrained = lambda *args, **kwargs: pipe\n"
+        + "pipe.set_progress_bar_config(disable=True)\n"
+        + code
+        + CALLS[number]
+        + "if rank < 2:\n    report = cfg_parallel.last_report(pipe)\n"
+        + "    assert report.parallel_steps == report.steps == 3, report\n"
+        + "dist.destroy_process_group()\n"
+    )
+    status, output = forked_ranks(script, 4)
+    assert status == 0, output[-4000:]
 
 
 def checks(page: str, code: str, names: dict[str, Any]) -> None:
