@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_pipeline, bench_step
+from benchmarks import bench_pipeline, bench_step, step_modes
 
 from cfg_parallel.report import Report
 
@@ -108,7 +108,7 @@ def test_worker_with_a_batch_of_branches(tmp_path: Path, monkeypatch: pytest.Mon
         yield measure
 
     monkeypatch.setattr(bench_step, "in_two_processes", fails_later)
-    monkeypatch.setitem(bench_step.MODES, "wrong", bench_step.Mode(enable={"cfg_parallel_size": 3}))
+    monkeypatch.setitem(step_modes.MODES, "wrong", step_modes.Mode(enable={"cfg_parallel_size": 3}))
     args = tiny("sd15", "one-gpu-eager,wrong,all-gather,two-gpu-eager", tmp_path / "rows.json")
     assert bench_step.run_worker(args) == 1
     written = json.loads(args.worker.read_text())
@@ -230,7 +230,7 @@ def test_all_gather_makes_the_same_picture(model: str, monkeypatch: pytest.Monke
             calls[rank] += 1
 
         bench = benches[rank]
-        with bench_step.one_branch(bench, rank):
+        with step_modes.one_branch(bench, rank):
             blocks = next(child for child in bench.denoiser.children() if list(child.parameters()))
             with contextlib.closing(Removed(blocks.register_forward_hook(count))):
                 picture = bench.generate(4)
@@ -253,11 +253,11 @@ class Removed:
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl", "sd35-large", "flux1-dev", "qwen-image", "wan21-1.3b"])
 def test_a_pipeline_is_enabled_beside_the_baseline(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_step.MODES, "one", bench_step.Mode(enable={"cfg_parallel_size": 1, "cuda_graphs": False}))
+    monkeypatch.setitem(step_modes.MODES, "one", step_modes.Mode(enable={"cfg_parallel_size": 1, "cuda_graphs": False}))
     bench = bench_pipeline.Bench(tiny(model, "two-gpu-eager"))
     parts, scheduler = bench.pipe.components, bench.pipe.scheduler
-    one, got = bench_step.Measured(), bench_step.Measured()
-    with bench_step.enabled("one", bench) as measure:
+    one, got = bench_pipeline.Measured(), bench_pipeline.Measured()
+    with step_modes.enabled("one", bench) as measure:
         for _ in range(2):
             bench.measure("baseline", one)
             measure(got)
@@ -275,16 +275,16 @@ def test_forwards_of_a_step() -> None:
         Report([], "host", "", steps=20, calls_local=40, leader_forward_ms=ms, follower_forward_ms=None)
         for ms in (3.0, 4.0, 9.0)
     ]
-    assert bench_step.forward_keys(one) == {"leader_forward_ms": 8.0, "follower_forward_ms": None}
+    assert step_modes.forward_keys(one) == {"leader_forward_ms": 8.0, "follower_forward_ms": None}
     two = Report(
         [], "peer", "", steps=20, calls_local=21, calls_shipped=19, leader_forward_ms=4.0, follower_forward_ms=5.0
     )
-    assert bench_step.forward_keys([two]) == {"leader_forward_ms": 4.0, "follower_forward_ms": 5.0}
+    assert step_modes.forward_keys([two]) == {"leader_forward_ms": 4.0, "follower_forward_ms": 5.0}
 
 
 def test_overhead_is_what_a_step_takes_beside_its_longer_forward() -> None:
-    assert bench_step.overhead([10.0, 11.0], [0.0, 0.0, 9.5, 10.0]) == [0.5, 1.0]
-    assert bench_step.overhead([10.0, 11.0], []) == []
+    assert step_modes.overhead([10.0, 11.0], [0.0, 0.0, 9.5, 10.0]) == [0.5, 1.0]
+    assert step_modes.overhead([10.0, 11.0], []) == []
 
 
 def test_arguments_of_a_branch_are_those_that_the_first_does_not_get() -> None:
@@ -297,18 +297,18 @@ def test_arguments_of_a_branch_are_those_that_the_first_does_not_get() -> None:
         }
 
     steps = [[call(1, 5), call(2, 5)], [call(1, 4), call(2, 4)]]
-    assert bench_step.branch_arguments(steps, 0) == {}
-    assert bench_step.branch_arguments(steps, 1) == {name: steps[0][1][name] for name in ("prompt", "added")}
-    with pytest.raises(bench_step.BenchmarkError, match="argument 'prompt' depends on the step"):
-        bench_step.branch_arguments([[call(1, 5), call(2, 5)], [call(1, 4), call(3, 4)]], 1)
-    with pytest.raises(bench_step.BenchmarkError, match=r"two branches in every step, but got \[3\]"):
-        bench_step.branch_arguments([[call(1, 5)] * 3], 1)
+    assert step_modes.branch_arguments(steps, 0) == {}
+    assert step_modes.branch_arguments(steps, 1) == {name: steps[0][1][name] for name in ("prompt", "added")}
+    with pytest.raises(bench_pipeline.BenchmarkError, match="argument 'prompt' depends on the step"):
+        step_modes.branch_arguments([[call(1, 5), call(2, 5)], [call(1, 4), call(3, 4)]], 1)
+    with pytest.raises(bench_pipeline.BenchmarkError, match=r"two branches in every step, but got \[3\]"):
+        step_modes.branch_arguments([[call(1, 5)] * 3], 1)
 
 
 def test_sequences_that_two_devices_cannot_share_equally() -> None:
     def odd(tokens: int, text: int) -> bool:
         call = {"hidden_states": torch.empty(1, tokens, 2), "encoder_hidden_states": torch.empty(1, text, 2)}
-        return bench_step.odd_lengths([[call | {"timestep": torch.empty(3)}]])
+        return step_modes.odd_lengths([[call | {"timestep": torch.empty(3)}]])
 
     assert [odd(16, 8), odd(16, 7), odd(15, 8)] == [False, True, True]
 
@@ -330,18 +330,18 @@ def test_a_rank_that_dies_or_fails_is_named() -> None:
             os.close(self.end)
             self.end = -1
 
-    pipes = [bench_step.multiprocessing.Pipe() for _ in range(2)]
+    pipes = [step_modes.multiprocessing.Pipe() for _ in range(2)]
     processes = [Process(), Process()]
     ranks = [(process, ours) for process, (ours, _) in zip(processes, pipes, strict=True)]
     for _, theirs in pipes:
         theirs.send("ready")
-    assert bench_step.answers(ranks) == ["ready", "ready"]
-    pipes[1][1].send(bench_step.BenchmarkError("rank 1: RuntimeError: no"))
-    with pytest.raises(bench_step.BenchmarkError, match="rank 1: RuntimeError: no"):
-        bench_step.answers(ranks)
+    assert step_modes.answers(ranks) == ["ready", "ready"]
+    pipes[1][1].send(bench_pipeline.BenchmarkError("rank 1: RuntimeError: no"))
+    with pytest.raises(bench_pipeline.BenchmarkError, match="rank 1: RuntimeError: no"):
+        step_modes.answers(ranks)
     processes[0].die()
-    with pytest.raises(bench_step.BenchmarkError, match="rank 0 ended with status -9"):
-        bench_step.answers(ranks)
+    with pytest.raises(bench_pipeline.BenchmarkError, match="rank 0 ended with status -9"):
+        step_modes.answers(ranks)
     processes[1].die()
     for process in processes:
         os.close(process.sentinel)
@@ -357,7 +357,7 @@ def test_modes_that_do_not_fit_beside_others_have_rounds_of_their_own(monkeypatc
         yield lambda into: measured.append(mode)
         up.remove(mode)
 
-    def needed(mode: bench_step.Mode) -> list[int]:
+    def needed(mode: step_modes.Mode) -> list[int]:
         return [mode.size]
 
     monkeypatch.setattr(bench_step, "free_memory", lambda bench: [3])
@@ -386,7 +386,7 @@ def test_memory_that_a_mode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
     def needed(mode: str) -> list[int]:
-        return bench_step.needed_memory(bench_step.MODES[mode], bench, peak=40, resting=30)
+        return bench_step.needed_memory(step_modes.MODES[mode], bench, peak=40, resting=30)
 
     assert needed("one-gpu-graphs") == [10]
     assert needed("two-gpu-graphs") == [10, 30]
@@ -400,7 +400,7 @@ def test_memory_that_a_mode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_run_is_left_out() -> None:
     gpus = ["cuda:0", "cuda:1"]
-    modes = [mode for mode in bench_step.MODES if mode != "ulysses"]
+    modes = [mode for mode in step_modes.MODES if mode != "ulysses"]
     assert all(bench_step.left_out(mode, "sd15", gpus) is None for mode in modes)
     assert "no context parallel plan for UNet2DConditionModel" in str(bench_step.left_out("ulysses", "sd15", gpus))
     if hasattr(diffusers, "ContextParallelConfig"):
@@ -409,9 +409,9 @@ def test_what_cannot_run_is_left_out() -> None:
 
 
 def test_row_of_a_mode_with_other_pictures_says_why() -> None:
-    def measured(ms: float, value: float) -> bench_step.Measured:
+    def measured(ms: float, value: float) -> bench_pipeline.Measured:
         picture = np.full((1, 2, 2, 3), value)
-        return bench_step.Measured(step_ms=[ms] * 3, total_s=[1.0], pictures=[picture])
+        return bench_pipeline.Measured(step_ms=[ms] * 3, total_s=[1.0], pictures=[picture])
 
     one, got = measured(4.0, 0.5), measured(2.0, 0.75)
     row = bench_step.row(tiny("qwen-image", "ulysses"), "ulysses", got, one, one.pictures[0], "one-gpu-eager")

@@ -2,7 +2,7 @@
 `serve` serves a model, `doctor` says what is wrong here, `bench` measures this machine, and `models` lists pipelines.
 
 Exit status: 0 for a picture (with --compare: an equal one), 1 when --compare found a difference, 2 when nothing was
-done, with one line on stderr that names the fix.
+done, with one line on stderr that names the fix (of `serve`, behind the lines of its log).
 """
 
 from __future__ import annotations
