@@ -45,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def small_photographs() -> Iterator[None]:
+    """Edit pipelines make a photograph about 32 x 32 pixels, where they make it a megapixel."""
+    from tiny_models import small_images
+
+    with small_images():
+        yield
+
+
+@pytest.fixture
 def forked() -> Iterator[None]:
     """Followers without the seconds that a new Python needs to import PyTorch and diffusers, where there is no GPU."""
     from forked import forked_followers

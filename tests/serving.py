@@ -76,6 +76,12 @@ def _body(answer: Any) -> Any:
     return json.loads(data) if "json" in answer.headers.get("content-type", "") else data.decode()
 
 
+def serving_small(model: str, *options: str) -> contextlib.AbstractContextManager[Served]:
+    """The same for an edit model, whose photographs are small there."""
+    small = {"SMALL_MODEL": model, "PYTHONPATH": str(Path(__file__).parent)}
+    return serving("small_models:build", *(options or DEVICES), **small)
+
+
 @contextlib.contextmanager
 def serving(model: str, *options: str, wait: bool = True, **environment: str) -> Iterator[Served]:
     """`cfg-parallel serve` on two CPU processes and a free port, until the end of the block; nothing stays behind."""

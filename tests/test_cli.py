@@ -355,6 +355,7 @@ def _edit(photo: Path, output: Path, *extra: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("small_photographs")
 def test_edit_on_two_processes_gives_the_picture_of_one(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ def test_a_pipeline_that_is_there_already_and_further_arguments(qwen: str) -> No
     assert seen == [0, 1, 2] and output.metrics["parallel_steps"] == 3
 
 
+@pytest.mark.usefixtures("small_photographs")
 def test_the_code_of_the_guide() -> None:
     """An image edited, as written for vLLM-Omni but for the import, the steps and the devices."""
     photo = picture(0, 48, 48)

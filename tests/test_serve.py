@@ -15,8 +15,22 @@ import numpy as np
 import openai
 import pytest
 
-from serving import DEVICES, FIELDS, Served, close_engines, file_of, image_of, models, offline, same, serving, url_of
+from serving import (
+    DEVICES,
+    FIELDS,
+    Served,
+    close_engines,
+    file_of,
+    image_of,
+    models,
+    offline,
+    same,
+    serving,
+    serving_small,
+    url_of,
+)
 from tiny import picture
+from tiny_models import small_images
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -37,7 +51,7 @@ def images(folder: Path) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def plus(folder: Path) -> Iterator[Served]:
-    with serving(models(folder)["plus"], *DEVICES) as served:
+    with serving_small(models(folder)["plus"]) as served, small_images():
         yield served
 
 

@@ -19,10 +19,11 @@ import cfg_parallel
 from cfg_parallel import demo
 from forked import forked_ranks
 from scripts import PREAMBLE
-from serving import DEVICES, serving
+from serving import serving_small
 from test_composition import START
 from test_docs import PAGES
 from tiny import TINY
+from tiny_models import small_images
 
 pytestmark = [pytest.mark.timeout(280), pytest.mark.usefixtures("forked")]
 
@@ -111,8 +112,8 @@ def test_python_runs(
     names = given(page.name, tmp_path) | {"__name__": "snippet"}
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()
-    server = serving(edit, *DEVICES, "--served-model-name", FOLDERS[0]) if page.name == "serving.md" else nullcontext()
-    with server as served:
+    options = ("--devices", "cpu,cpu", "--served-model-name", FOLDERS[0])
+    with serving_small(edit, *options) if page.name == "serving.md" else nullcontext() as served, small_images():
         for code in blocks(page):
             for text, smaller in SMALLER.items():
                 code = code.replace(text, smaller)

@@ -89,6 +89,7 @@ def test_a_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "is no trace" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_photographs")
 def test_the_command_writes_one(tmp_path: Path) -> None:
     photo, out, trace = tmp_path / "photo.png", tmp_path / "out.png", tmp_path / "trace.json"
     picture(0, 48, 48).save(photo)

@@ -52,6 +52,7 @@ def _no_grad() -> Any:
         yield
 
 
+@pytest.mark.usefixtures("small_photographs")
 def test_an_edit_looks_at_its_photograph_once() -> None:
     def build() -> Any:
         pipe = models.build_pipeline("qwen-image-edit", device="cpu", dtype=torch.float32, scale="tiny")
