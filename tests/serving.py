@@ -77,9 +77,9 @@ def _body(answer: Any) -> Any:
 
 
 def serving_small(model: str, *options: str) -> contextlib.AbstractContextManager[Served]:
-    """The same for an edit model, whose photographs are small there."""
+    """`serving` of an edit model that makes photographs small."""
     small = {"SMALL_MODEL": model, "PYTHONPATH": str(Path(__file__).parent)}
-    return serving("small_models:build", *(options or DEVICES), **small)
+    return serving("small_models:build", *options, **small)
 
 
 @contextlib.contextmanager

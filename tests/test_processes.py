@@ -40,7 +40,11 @@ def test_killed_leader_leaves_no_follower() -> None:
 
 
 @pytest.mark.parametrize(
-    "end", ["raise RuntimeError('on purpose')", pytest.param("os._exit(4)", marks=pytest.mark.thorough)]
+    "end",
+    [
+        "raise RuntimeError('on purpose')",
+        *(pytest.param(end, marks=pytest.mark.thorough) for end in ("", "sys.exit(3)", "os._exit(4)")),
+    ],
 )
 def test_ended_leader_leaves_no_follower(end: str) -> None:
     script = PREAMBLE + textwrap.dedent(f"""

@@ -27,7 +27,7 @@ _SCALARS = frozenset([bool, int, float, str, type(None)])
 _CONTAINERS = frozenset([dict, OrderedDict, list, tuple, set])
 # What PyTorch keeps in a module for itself. `_diffusers_hook` holds per-generation state, and what `_hook` reads.
 _NOT_SETTINGS = frozenset(vars(torch.nn.Module())) - {"training", *_HOOKS} | {"_diffusers_hook"}
-_IGNORED = _NOT_SETTINGS - {"_parameters", "_buffers", "_modules"}
+_IGNORED = _NOT_SETTINGS - {"_parameters", "_buffers", "_modules"}  # for a Watch, which looks into those dicts
 _MISSING = object()
 _NOT_HOOKED = _NOT_SETTINGS | {"forward"}  # group offload takes some hooks off in its first forward
 
@@ -46,10 +46,9 @@ def fingerprint(module: torch.nn.Module) -> tuple[Any, ...]:
         if sub._modules:
             parts += sub._modules
             parts += map(id, sub._modules.values())
-        if "_diffusers_hook" in attributes:
-            for name, hook in hooks_of(sub).items():
-                if name not in FIRST_FORWARD_HOOKS:
-                    parts += (name, *_hook(hook))
+        for name, hook in hooks_of(sub).items():
+            if name not in FIRST_FORWARD_HOOKS:
+                parts += (name, *_hook(hook))
         moves = id(sub) in moving
         describe, without = (_moving_tensor, _NOT_HOOKED) if moves else (_tensor, _NOT_SETTINGS)
         for tensors in (sub._parameters, sub._buffers):

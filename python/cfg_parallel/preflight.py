@@ -118,8 +118,9 @@ def find_pipeline_class(model: str, index: dict[str, Any]) -> type:
 def _components(index: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Name, library and class of each."""
     for component, entry in index.items():
-        if not component.startswith("_") and isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[1]:
-            yield component, *entry
+        if component.startswith("_") or not isinstance(entry, (list, tuple)) or len(entry) != 2 or entry[1] is None:
+            continue
+        yield component, *entry
 
 
 def model_modules(index: dict[str, Any]) -> list[str]:
